@@ -1,0 +1,1 @@
+"""Builders that turn a bundle into something a machine can run, and the memory planner."""

@@ -1,0 +1,1 @@
+"""Operators of the domain `angelforge`: schema, shape rule, function body, kernel."""

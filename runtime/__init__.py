@@ -1,0 +1,1 @@
+"""Runs engines: pages, packing, scheduling, sampling, text."""
