@@ -248,7 +248,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def causal_attention(query: Array, key: Array, value: Array, positions: Array) -> Array:
-    """[T, heads, head_dim]; head h reads KV head h // (heads / kv_heads), at positions up to its own; scale 1/√head_dim."""
+    """[T, heads, head_dim]; head h reads KV head h // (heads / kv_heads) up to its own position; scale 1/√head_dim."""
     _, heads, head_dim = query.shape
     sharing = heads // key.shape[1]
     visible = positions[None, :] <= positions[:, None]  # [T, T]
