@@ -1,0 +1,110 @@
+"""What the command line does with errors: a sentence or two, an exit code, and a traceback only when asked for."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import click
+
+from angelforge.errors import AngelForgeError, UsageError
+
+FIXES = {
+    errno.ENOSPC: "Free some space or choose another disk, then run the same command again.",
+    errno.EDQUOT: "The quota is used up: free some space, then run the same command again.",
+    errno.EACCES: "Change the permissions or choose another path.",
+    errno.EPERM: "Change the permissions or choose another path.",
+    errno.EROFS: "Choose a path on a disk that can be written.",
+    errno.ENOENT: "Check the path.",
+    errno.EISDIR: "Name a file instead.",
+    errno.ENOTDIR: "Name a folder instead.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+}
+
+
+class Failure(click.ClickException):
+    """An error that is shown as a message and ends the process with its exit code."""
+
+    def __init__(self, message: str, exit_code: int, as_json: bool) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.as_json = as_json
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message to standard error and, if JSON was asked for, to standard output."""
+        if self.as_json:
+            click.echo(json.dumps({"error": self.message}))
+        click.echo(f"error: {self.message}" if self.exit_code != 130 else self.message, file=file, err=True)
+
+
+class WrongUse(Failure):
+    """A usage error that click found: shown with the usage line of the command."""
+
+    def __init__(self, error: click.UsageError, as_json: bool) -> None:
+        super().__init__(error.format_message(), error.exit_code, as_json)
+        self.error = error
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print click's own message to standard error and, if JSON was asked for, the sentence to standard output."""
+        if self.as_json:
+            click.echo(json.dumps({"error": self.message}))
+        self.error.show(file)
+
+
+def os_error_message(error: OSError) -> str:
+    """One or two sentences: which path, what the system said, what to do."""
+    what = os.strerror(error.errno).lower() if error.errno else str(error) or type(error).__name__
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    fix = FIXES.get(error.errno or 0, "")
+    return f"{' and '.join(paths)}{': ' if paths else ''}{what}.{' ' if fix else ''}{fix}"
+
+
+def import_error_message(error: ImportError) -> str | None:
+    """One or two sentences about a package that is missing or cannot be loaded; None where one of our modules is."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("angelforge"):
+        return (
+            f"the Python package {error.name!r} is missing. `angelforge doctor` says what is missing in {sys.prefix} "
+            f"and how to install it."
+        )
+    if error.path and not error.path.endswith(".py"):  # a compiled module whose libraries do not load
+        return f"{error.path} cannot be loaded: {error}. Install the package again; `angelforge doctor` checks all."
+    return None
+
+
+@contextmanager
+def failures_as_messages(debug: bool, as_json: bool) -> Iterator[None]:
+    """Turn the errors that users can meet into `Failure`s. What is left (a bug) keeps its traceback.
+
+    Exit codes: 2 for wrong use, 130 after an interrupt, 1 for everything else.
+    """
+
+    def failure(message: str, exit_code: int = 1) -> Failure:
+        if debug:
+            traceback.print_exc()
+        return Failure(message, exit_code, as_json)
+
+    try:
+        yield
+    except click.UsageError as error:
+        raise WrongUse(error, as_json) from None
+    except UsageError as error:
+        raise failure(str(error), 2) from None
+    except AngelForgeError as error:
+        raise failure(str(error)) from None
+    except (KeyboardInterrupt, click.Abort):
+        raise failure("interrupted", 130) from None
+    except BrokenPipeError:
+        raise  # the reader (`| head`) has gone: click ends quietly
+    except OSError as error:
+        raise failure(os_error_message(error)) from None
+    except MemoryError as error:
+        told = f" ({error})" if str(error) else ""
+        raise failure(f"out of memory{told}. Free memory or take a smaller model, batch or context.") from None
+    except ImportError as error:
+        if (message := import_error_message(error)) is None:
+            raise
+        raise failure(message) from None
