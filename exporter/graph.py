@@ -1,0 +1,60 @@
+"""The ONNX graph of a model: built from its config alone, weights by reference to the bundle's files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from angelforge import __version__
+from angelforge.config import ModelConfig
+from angelforge.exporter.model import CausalLM
+from angelforge.exporter.parts import onnx_type
+from angelforge.exporter.step import Step
+from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET
+from angelforge.plugins.registry import functions_used
+from angelforge.precision import Precision
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a weight's bytes stand: a file relative to the bundle, offset and length in bytes."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def build_graph(config: ModelConfig, precision: Precision, page_size: int, max_context: int) -> ir.Model:
+    """The model's graph with function bodies; initializers have names, types and shapes but no data yet."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION}, name="model")
+    builder = GraphBuilder(graph)
+    step = Step.inputs(builder)
+    pool_shape = ["pages", 2, config.num_key_value_heads, page_size, config.head_dim]
+    pool_type = onnx_type(precision.activation)
+    pools = [builder.input(f"kv_cache.{i}", pool_type, pool_shape) for i in range(config.num_hidden_layers)]
+    logits, written = CausalLM(config, precision, max_context)(builder.op, step, pools)
+    builder.add_output(logits, "logits")
+    for i, pool in enumerate(written):
+        builder.add_output(pool, f"kv_cache_out.{i}")
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="angelforge",
+        producer_version=__version__,
+        functions=functions_used(graph),
+    )
+
+
+def locate_weights(model: ir.Model, locations: Mapping[str, Location]) -> None:
+    """Points every initializer at its bytes in the bundle's weight files.
+
+    Raises:
+        KeyError: a weight of the graph has no place in the files (a programming error).
+    """
+    for name, value in model.graph.initializers.items():
+        place = locations[name]
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            place.file, place.offset, place.length, value.dtype, shape=value.shape, name=name
+        )

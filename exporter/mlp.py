@@ -1,0 +1,104 @@
+"""The two kinds of MLP: dense SwiGLU, and the mixture of routed and shared experts."""
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from angelforge.config import ModelConfig
+from angelforge.dtypes import DType
+from angelforge.exporter.parts import Projection, Weights, weight
+from angelforge.plugins.all_reduce.operator import ALL_REDUCE
+from angelforge.plugins.gate_up.operator import GATE_UP
+from angelforge.plugins.moe_combine.operator import MOE_COMBINE
+from angelforge.plugins.moe_down.operator import MOE_DOWN
+from angelforge.plugins.moe_gate_up.operator import MOE_GATE_UP
+from angelforge.plugins.moe_route.operator import MOE_ROUTE
+from angelforge.plugins.moe_sort.operator import MOE_SORT
+from angelforge.plugins.operator import call
+from angelforge.precision import Precision
+
+
+class DenseMLP(nn.Module):  # type: ignore[misc]
+    """`mlp` of the first layers: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        width, hidden = config.intermediate_size, config.hidden_size
+        self.gate_proj = Weights(precision.matmul, width, hidden)
+        self.up_proj = Weights(precision.matmul, width, hidden)
+        self.down_proj = Projection(width, hidden, precision.matmul, precision.activation)
+
+    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> ir.Value:
+        """normed [T, H] → what the MLP adds to the residual [T, H]."""
+        inner = call(op, GATE_UP, normed, self.gate_proj(op), self.up_proj(op))
+        return call(op, ALL_REDUCE, self.down_proj(op, inner))
+
+
+class Router(nn.Module):  # type: ignore[misc]
+    """`mlp.gate`: f32 whatever the precision."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = weight(DType.F32, config.num_experts, config.hidden_size)
+        self.expert_bias = weight(DType.F32, config.num_experts)
+
+    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """normed [T, H] → (expert_ids int32 [T, k], expert_weights f32 [T, k]), shared experts last."""
+        config = self.config
+        ids, weights = call(
+            op,
+            MOE_ROUTE,
+            normed,
+            self.weight,
+            self.expert_bias,
+            num_tokens,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            num_shared_experts=config.num_shared_experts,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        return ids, weights
+
+
+class Experts(nn.Module):  # type: ignore[misc]
+    """`mlp.experts`: routed and shared experts in one stack of E; a shared expert is one that every token takes."""
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.config = config
+        experts, width, hidden = config.num_expert_slots, config.moe_intermediate_size, config.hidden_size
+        self.gate_proj = Weights(precision.matmul, experts, width, hidden)
+        self.up_proj = Weights(precision.matmul, experts, width, hidden)
+        self.down_proj = Weights(precision.matmul, experts, hidden, width)
+
+    def forward(self, op: OpBuilder, normed: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value) -> ir.Value:
+        """normed [T, H] → the weighted sum over each token's experts [T, H]."""
+        config = self.config
+        offsets, order, position = call(op, MOE_SORT, expert_ids, num_experts=config.num_expert_slots)
+        inner = call(
+            op,
+            MOE_GATE_UP,
+            normed,
+            self.gate_proj(op),
+            self.up_proj(op),
+            offsets,
+            order,
+            experts_per_token=config.experts_per_token,
+        )
+        expert_out = call(op, MOE_DOWN, inner, self.down_proj(op), offsets)
+        return call(op, MOE_COMBINE, expert_out, position, expert_weights, num_shared_experts=config.num_shared_experts)
+
+
+class SparseMLP(nn.Module):  # type: ignore[misc]
+    """`mlp` of the other layers: router and experts."""
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config, precision)
+
+    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> ir.Value:
+        """normed [T, H] → what the MLP adds to the residual [T, H]."""
+        ids, weights = self.gate(op, normed, num_tokens)
+        return call(op, ALL_REDUCE, self.experts(op, normed, ids, weights))

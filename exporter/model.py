@@ -1,0 +1,99 @@
+"""BailingMoeV2 as modules that read like its checkpoint (MODEL.md, mathematics)."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from angelforge.config import ModelConfig
+from angelforge.dtypes import DType
+from angelforge.exporter.attention import Attention, Rope
+from angelforge.exporter.mlp import DenseMLP, SparseMLP
+from angelforge.exporter.parts import Projection, ResidualNorm, weight
+from angelforge.exporter.step import Step
+from angelforge.plugins.embedding.operator import EMBEDDING
+from angelforge.plugins.operator import call
+from angelforge.precision import Precision
+
+
+class Embedding(nn.Module):  # type: ignore[misc]
+    """`model.word_embeddings`."""
+
+    def __init__(self, config: ModelConfig, dtype: DType) -> None:
+        super().__init__()
+        self.weight = weight(dtype, config.vocab_size, config.hidden_size)
+        self.dtype = dtype
+
+    def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
+        """int64 [T] → [T, H]."""
+        return call(op, EMBEDDING, input_ids, self.weight, dtype=self.dtype.onnx)
+
+
+class DecoderLayer(nn.Module):  # type: ignore[misc]
+    """`model.layers.N`: pre-norm attention and MLP on a residual stream.
+
+    What a block adds is handed on as `delta` and added by the next norm, so that addition and norm are one operator.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, index: int) -> None:
+        super().__init__()
+        width, epsilon, dtype = config.hidden_size, config.rms_norm_eps, precision.activation
+        self.input_layernorm = ResidualNorm(width, epsilon, dtype)
+        self.attention = Attention(config, precision)
+        self.post_attention_layernorm = ResidualNorm(width, epsilon, dtype)
+        self.mlp = SparseMLP(config, precision) if config.is_moe_layer(index) else DenseMLP(config, precision)
+
+    def forward(
+        self,
+        op: OpBuilder,
+        residual: ir.Value,
+        delta: ir.Value | None,
+        step: Step,
+        rope: tuple[ir.Value, ir.Value],
+        pool: ir.Value,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """residual, delta [T, H] → (residual, delta, pool)."""
+        residual, normed = self.input_layernorm(op, residual, delta)
+        delta, pool = self.attention(op, normed, step, rope, pool)
+        residual, normed = self.post_attention_layernorm(op, residual, delta)
+        return residual, self.mlp(op, normed, step.num_tokens), pool
+
+
+class Transformer(nn.Module):  # type: ignore[misc]
+    """`model`: embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__("model")
+        self.word_embeddings = Embedding(config, precision.activation)
+        self.layers = nn.ModuleList([DecoderLayer(config, precision, i) for i in range(config.num_hidden_layers)])
+        self.norm = ResidualNorm(config.hidden_size, config.rms_norm_eps, precision.activation)
+
+    def forward(
+        self, op: OpBuilder, step: Step, rope: tuple[ir.Value, ir.Value], pools: Sequence[ir.Value]
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """T tokens → (normed hidden states of the R rows that want logits [R, H], the written pools)."""
+        residual, delta = self.word_embeddings(op, step.input_ids), None
+        written = []
+        for layer, pool in zip(self.layers, pools, strict=True):
+            residual, delta, pool_out = layer(op, residual, delta, step, rope, pool)
+            written.append(pool_out)
+        wanted = [op.Gather(value, step.logit_indices, axis=0) for value in (residual, delta)]
+        for value, name in zip(wanted, ("residual", "delta"), strict=True):
+            value.name = f"wanted.{name}"
+        _, normed = self.norm(op, *wanted)
+        return normed, written
+
+
+class CausalLM(nn.Module):  # type: ignore[misc]
+    """The whole model: rope tables, transformer, head."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, max_context: int) -> None:
+        super().__init__("")
+        self.rope = Rope(max_context, config.rotary_dim)
+        self.model = Transformer(config, precision)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size, precision.activation, DType.F32)
+
+    def forward(self, op: OpBuilder, step: Step, pools: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
+        """→ (logits f32 [R, vocab], the written pools)."""
+        normed, written = self.model(op, step, self.rope(op), pools)
+        return self.lm_head(op, normed), written

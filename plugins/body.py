@@ -1,0 +1,124 @@
+"""Small pieces that function bodies share. Everything here builds standard ONNX nodes."""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from angelforge.plugins.operator import AttributeRef
+
+FLOAT = ir.DataType.FLOAT
+INT32 = ir.DataType.INT32
+INT64 = ir.DataType.INT64
+
+
+def f32(op: OpBuilder, value: ir.Value) -> ir.Value:
+    """`value` widened to f32; disappears where it is f32 already."""
+    return op.Cast(value, to=FLOAT)
+
+
+def i64(op: OpBuilder, value: ir.Value) -> ir.Value:
+    """`value` as int64, the type of ONNX indices."""
+    return op.Cast(value, to=INT64)
+
+
+def integer(op: OpBuilder, attribute: AttributeRef) -> ir.Value:
+    """The function's integer attribute as a scalar int64 value."""
+    return op.Constant(value_int=attribute.as_("value_int"))
+
+
+def vector(op: OpBuilder, *sizes: Any) -> ir.Value:
+    """int64 [n] of scalars, one-element vectors and Python integers, for Reshape and Expand."""
+    return op.Concat(*(op.Reshape(size, [1]) if isinstance(size, ir.Value) else [size] for size in sizes), axis=0)
+
+
+def size(op: OpBuilder, value: ir.Value, axis: int) -> ir.Value:
+    """int64 [1]: the size of one axis."""
+    return op.Shape(value, start=axis, end=axis + 1)
+
+
+def rows(op: OpBuilder, value: ir.Value, start: Any, end: Any, axis: int = 0) -> ir.Value:
+    """`value[start:end]` along `axis`; bounds are [1] vectors or Python integers."""
+    bounds = (bound if isinstance(bound, ir.Value) else [bound] for bound in (start, end))
+    return op.Slice(value, *bounds, [axis])
+
+
+def linear(op: OpBuilder, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """x [T, K] · weight [N, K]ᵀ in f32."""
+    return op.Gemm(f32(op, x), f32(op, weight), transB=1)
+
+
+def swiglu(op: OpBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202)."""
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+def valid_rows(op: OpBuilder, like: ir.Value, num_tokens: ir.Value) -> ir.Value:
+    """bool [T]: rows of `like` [T, …] before `num_tokens` int32 [1]; the rest is padding."""
+    return op.Less(op.Range(0, op.Squeeze(size(op, like, 0), [0]), 1), i64(op, num_tokens))
+
+
+def subgraph(
+    op: OpBuilder, trace: Callable[..., Any], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str
+) -> ir.Graph:
+    """A body for Scan, Loop or If. Value names are prefixed, since ONNX wants them unique across nesting."""
+
+    def scoped(inner: OpBuilder, *values: ir.Value) -> Any:
+        inner.builder.push_module(name)
+        try:
+            return trace(inner, *values)
+        finally:
+            inner.builder.pop_module()
+
+    return op.builder.subgraph(scoped, inputs, outputs, name=name)
+
+
+def for_each_expert(
+    op: OpBuilder,
+    x: ir.Value,
+    offsets: ir.Value,
+    weights: Sequence[ir.Value],
+    width: ir.Value,
+    num_rows: ir.Value,
+    compute: Callable[..., ir.Value],
+) -> ir.Value:
+    """f32 [N, width]: `compute(op, x, start, end, *weights of one expert)` for the rows of each expert, in place.
+
+    Scans over the experts, so that memory is one expert's; an expert without rows is not read. `offsets` int32 [E+1]
+    are the row ranges, `weights` have the experts on axis 0, `width` and `num_rows` are int64 [1]. Rows that belong to
+    no expert are 0.
+    """
+    starts = i64(op, rows(op, offsets, 0, -1))
+    ends = i64(op, rows(op, offsets, 1, _END))
+    empty = op.ConstantOfShape(op.Concat(num_rows, width, axis=0), value=ir.tensor([0.0], dtype=FLOAT))
+
+    def one_expert(op: OpBuilder, state: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value) -> ir.Value:
+        first, last = op.Unsqueeze(start, [0]), op.Unsqueeze(end, [0])
+        has_rows = subgraph(op, lambda op: compute(op, x, first, last, *expert), [], [_f32()], "rows")
+        no_rows = subgraph(op, lambda op: rows(op, state, 0, 0), [], [_f32()], "none")
+        result = op.If(op.Less(start, end), then_branch=has_rows, else_branch=no_rows)
+        return op.ScatterND(state, op.Unsqueeze(op.Range(start, end, 1), [1]), result)
+
+    names = count()
+    body = subgraph(
+        op,
+        one_expert,
+        [
+            ir.val("state", FLOAT, [None, None]),
+            ir.val("start", INT64, []),
+            ir.val("end", INT64, []),
+            *(ir.val(f"weight_{next(names)}") for _ in weights),
+        ],
+        [ir.val(None, FLOAT, [None, None])],
+        "expert",
+    )
+    return op.Scan(empty, starts, ends, *weights, body=body, num_scan_inputs=2 + len(weights))
+
+
+_END = 2**62  # Slice clips it to the axis
+
+
+def _f32() -> ir.Value:
+    return ir.val(None, FLOAT)

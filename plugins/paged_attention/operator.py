@@ -1,0 +1,99 @@
+"""PagedAttention: grouped-query attention of packed tokens over their sequences' pages."""
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from angelforge.plugins.body import FLOAT, f32, i64, rows, size, subgraph
+from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
+
+
+def _attend(
+    op: OpBuilder, query: ir.Value, cache: ir.Value, positions: ir.Value, length: ir.Value, scale: AttributeRef
+) -> ir.Value:
+    """f32 [t, Hq·D] of one sequence: query [t, Hq, D], cache [n, 2, Hkv, page_size, D], positions [t], length [1]."""
+    by_head = op.Transpose(f32(op, cache), perm=[1, 2, 0, 3, 4])  # [2, Hkv, n, page_size, D]
+    flat = op.Reshape(by_head, op.Concat([2], size(op, cache, 2), [-1], size(op, cache, 4), axis=0))
+    visible = rows(op, flat, 0, length, axis=2)  # [2, Hkv, L, D]
+    key, value = op.Split(visible, axis=0, num_outputs=2, _outputs=2)  # [1, Hkv, L, D] each
+    grouped = op.Concat(size(op, query, 0), size(op, cache, 2), [-1], size(op, cache, 4), axis=0)
+    q = op.Transpose(op.Reshape(f32(op, query), grouped), perm=[1, 2, 0, 3])  # [Hkv, G, t, D]
+    keys = op.Transpose(key, perm=[1, 0, 3, 2])  # [Hkv, 1, D, L]
+    scores = op.Mul(op.MatMul(q, keys), op.Constant(value_float=scale.as_("value_float")))  # [Hkv, G, t, L]
+    past = op.LessOrEqual(op.Range(0, op.Squeeze(length, [0]), 1), op.Unsqueeze(positions, [1]))  # [t, L]
+    weights = op.Softmax(op.Where(past, scores, float("-inf")), axis=-1)
+    mixed = op.MatMul(weights, op.Transpose(value, perm=[1, 0, 2, 3]))  # [Hkv, G, t, D]
+    packed = op.Concat(size(op, query, 0), [-1], axis=0)
+    return op.Reshape(op.Transpose(mixed, perm=[2, 0, 1, 3]), packed)
+
+
+def _body(
+    op: OpBuilder,
+    query: ir.Value,
+    kv_cache: ir.Value,
+    page_table: ir.Value,
+    query_start: ir.Value,
+    kv_length: ir.Value,
+    positions: ir.Value,
+    scale: AttributeRef,
+) -> ir.Value:
+    starts, lengths, places = i64(op, query_start), i64(op, kv_length), i64(op, positions)
+    page_size = size(op, kv_cache, 3)
+
+    def one_sequence(op: OpBuilder, index: ir.Value, go_on: ir.Value, done: ir.Value) -> tuple[ir.Value, ir.Value]:
+        here = op.Unsqueeze(index, [0])
+        start, end = op.Gather(starts, here), op.Gather(starts, op.Add(here, [1]))
+
+        def attend(op: OpBuilder) -> ir.Value:
+            length = op.Gather(lengths, here)
+            used = op.Div(op.Sub(op.Add(length, page_size), [1]), page_size)
+            pages = rows(op, op.Squeeze(op.Gather(page_table, here), [0]), 0, used)
+            own = rows(op, query, start, end)
+            result = _attend(op, own, op.Gather(kv_cache, pages, axis=0), rows(op, places, start, end), length, scale)
+            return op.Concat(done, result, axis=0)
+
+        grown = op.If(
+            op.Squeeze(op.Less(start, end), [0]),
+            then_branch=subgraph(op, attend, [], [ir.val(None, FLOAT)], "attend"),
+            else_branch=subgraph(op, lambda op: op.Identity(done), [], [ir.val(None, FLOAT)], "empty"),
+        )
+        return op.Identity(go_on), grown
+
+    width = op.Mul(size(op, query, 1), size(op, query, 2))
+    zero = ir.tensor([0.0], dtype=FLOAT)
+    nothing = op.ConstantOfShape(op.Concat([0], width, axis=0), value=zero)
+    body = subgraph(
+        op,
+        one_sequence,
+        [
+            ir.val("index", ir.DataType.INT64, []),
+            ir.val("go_on", ir.DataType.BOOL, []),
+            ir.val("done", FLOAT, [None, None]),
+        ],
+        [ir.val(None, ir.DataType.BOOL, []), ir.val(None, FLOAT)],
+        "sequence",
+    )
+    done = op.Loop(op.Squeeze(size(op, kv_length, 0), [0]), True, nothing, body=body)
+    # Rows that belong to no sequence are padding.
+    padding = op.Concat(op.Sub(size(op, query, 0), size(op, done, 0)), width, axis=0)
+    return op.CastLike(op.Concat(done, op.ConstantOfShape(padding, value=zero), axis=0), query)
+
+
+PAGED_ATTENTION = Operator(
+    name="PagedAttention",
+    doc="A query at position p of a sequence sees cache positions ≤ p of that sequence and nothing else. Query heads "
+    "are grouped over key/value heads in order (Ainslie et al. 2023, arXiv 2305.13245); rows outside every sequence "
+    "give 0.",
+    inputs=(
+        Port("query", "A", ("T", "Hq", "D")),
+        Port("kv_cache", "A", ("pages", 2, "Hkv", "page_size", "D"), "with this step's keys and values written"),
+        Port("page_table", "INT32", ("B", "P")),
+        Port("query_start", "INT32", ("B1",)),
+        Port("kv_length", "INT32", ("B",)),
+        Port("positions", "INT32", ("T",)),
+    ),
+    outputs=(Port("attended", "A", ("T", "W")),),
+    attributes=(Attribute("scale", float, "of the scores, 1/√head_dim"),),
+    types={"A": ("FLOAT", "BFLOAT16")},
+    derive={"W": lambda d: d["Hq"] * d["D"]},
+    body=_body,
+)

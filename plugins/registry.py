@@ -1,0 +1,43 @@
+"""All operators of the domain `angelforge`."""
+
+import onnx_ir as ir
+
+from angelforge.plugins.add_norm.operator import ADD_NORM
+from angelforge.plugins.all_reduce.operator import ALL_REDUCE
+from angelforge.plugins.embedding.operator import EMBEDDING
+from angelforge.plugins.gate_up.operator import GATE_UP
+from angelforge.plugins.linear.operator import LINEAR
+from angelforge.plugins.moe_combine.operator import MOE_COMBINE
+from angelforge.plugins.moe_down.operator import MOE_DOWN
+from angelforge.plugins.moe_gate_up.operator import MOE_GATE_UP
+from angelforge.plugins.moe_route.operator import MOE_ROUTE
+from angelforge.plugins.moe_sort.operator import MOE_SORT
+from angelforge.plugins.norm.operator import NORM
+from angelforge.plugins.operator import Operator
+from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
+from angelforge.plugins.qkv_prepare.operator import QKV_PREPARE
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        EMBEDDING,
+        NORM,
+        ADD_NORM,
+        LINEAR,
+        QKV_PREPARE,
+        PAGED_ATTENTION,
+        GATE_UP,
+        MOE_ROUTE,
+        MOE_SORT,
+        MOE_GATE_UP,
+        MOE_DOWN,
+        MOE_COMBINE,
+        ALL_REDUCE,
+    )
+}
+
+
+def functions_used(graph: ir.Graph) -> list[ir.Function]:
+    """The function bodies of the operators that stand in `graph`, in the registry's order."""
+    used = {node.op_type for node in graph if node.domain == "angelforge"}
+    return [operator.function() for name, operator in OPERATORS.items() if name in used]
