@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from angelforge.atomic import write_atomic
+from angelforge.config import ModelConfig
 from angelforge.diskerrors import explained
 from angelforge.dtypes import DType
 from angelforge.errors import UsageError
@@ -23,7 +25,7 @@ from angelforge.tensorfile import encode_header
 
 __all__ = ["FULL_CONFIG", "small_config", "write_checkpoint", "write_sparse_checkpoint"]
 
-_DTYPES = {"BF16": DType.BF16, "F32": DType.F32, "F16": DType.F16, "FP8": DType.F8_E4M3}
+_STORED = {"BF16": DType.BF16, "F32": DType.F32, "F16": DType.F16, "FP8": DType.BF16}
 _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "FP8": "bfloat16"}
 _SHARD_BYTES = 5_000_000_000  # published checkpoints are cut into files of at most so much
 
@@ -48,24 +50,27 @@ def write_checkpoint(
     folder = Path(folder)
     if shards < 1:
         raise UsageError(f"A checkpoint cannot have {shards} shards; ask for at least one.")
-    if tokenizer and config["vocab_size"] < SMALLEST:
+    content = _config_content(config, dtype)
+    model = ModelConfig.from_dict(content)
+    specs = tensor_specs(model, _STORED[dtype], DType(bias_dtype))
+    if tokenizer and model.vocab_size < SMALLEST:
         raise UsageError(
-            f"A vocabulary of {config['vocab_size']} ids cannot hold the tokenizer's {SMALLEST}; "
+            f"A vocabulary of {model.vocab_size} ids cannot hold the tokenizer's {SMALLEST}; "
             "use a larger vocab_size or leave the tokenizer out."
         )
-    specs = list(tensor_specs(config, _DTYPES[dtype], DType(bias_dtype)))
     files = _split(specs, shards)
     _prepare(folder)
     values = checkpoint_values(specs, seed)
     for name, part in files.items():
         with explained("write", folder / name), (folder / name).open("wb") as file:
             file.write(_header(part))
-            for _, array in zip(part, values, strict=False):
+            for array in islice(values, len(part)):
                 file.write(array.view(np.uint8).data)
     _write_index(folder, files)
     if tokenizer:
-        write_tokenizer(folder, config["vocab_size"], config["max_position_embeddings"])
-    _write_config(folder, config, dtype, tokenizer=tokenizer)
+        write_tokenizer(folder, model.vocab_size, model.max_context)
+    ends = (*model.eos_token_ids, ROLE_END) if tokenizer else model.eos_token_ids
+    _write_config(folder, content, ends)
     return folder
 
 
@@ -76,8 +81,9 @@ def write_sparse_checkpoint(folder: str | Path, config: Mapping[str, Any] = FULL
     value reads as zero. Raises AngelForgeError when the folder cannot be written or has no room for such file sizes.
     """
     folder = Path(folder)
-    dtype: Literal["BF16", "FP8"] = "FP8" if fp8 else "BF16"
-    specs = list(tensor_specs(config, _DTYPES[dtype], DType.F32))
+    content = _config_content(config, "FP8" if fp8 else "BF16")
+    model = ModelConfig.from_dict(content)
+    specs = tensor_specs(model, DType.BF16, DType.F32)
     total = sum(spec.nbytes for spec in specs)
     files = _split(specs, -(-total // _SHARD_BYTES))
     _prepare(folder)
@@ -87,7 +93,7 @@ def write_sparse_checkpoint(folder: str | Path, config: Mapping[str, Any] = FULL
             file.write(header)
             file.truncate(len(header) + sum(spec.nbytes for spec in part))
     _write_index(folder, files)
-    _write_config(folder, config, dtype, tokenizer=False)
+    _write_config(folder, content, model.eos_token_ids)
     return folder
 
 
@@ -118,8 +124,9 @@ def _prepare(folder: Path) -> None:
     """An empty place for the checkpoint: weights of an earlier one would be read as part of this one."""
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
-            old.unlink()
+        for pattern in ("config.json", "model*.safetensors", "model.safetensors.index.json"):
+            for old in folder.glob(pattern):
+                old.unlink()
 
 
 def _write_index(folder: Path, files: Mapping[str, Sequence[Spec]]) -> None:
@@ -130,16 +137,16 @@ def _write_index(folder: Path, files: Mapping[str, Sequence[Spec]]) -> None:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_config(folder: Path, config: Mapping[str, Any], dtype: str, *, tokenizer: bool) -> None:
-    """config.json and generation_config.json; last, so that a folder with a config is a whole checkpoint."""
-    eos = config["eos_token_id"]
-    ends = [eos] if isinstance(eos, int) else list(eos)
-    if tokenizer and ROLE_END not in ends:
-        ends.append(ROLE_END)
-    generation = {"eos_token_id": ends, "pad_token_id": config["pad_token_id"]}
-    _write_json(folder / "generation_config.json", generation)
+def _config_content(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     quantisation = {"quantization_config": FP8_BLOCK} if dtype == "FP8" else {}
-    _write_json(folder / "config.json", {**config, "torch_dtype": _TORCH_NAMES[dtype], **quantisation})
+    return {**config, "torch_dtype": _TORCH_NAMES[dtype], **quantisation}
+
+
+def _write_config(folder: Path, content: Mapping[str, Any], ends: Sequence[int]) -> None:
+    """generation_config.json and config.json; last, so that a folder with a config is a whole checkpoint."""
+    generation = {"eos_token_id": sorted(set(ends)), "pad_token_id": content.get("pad_token_id")}
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

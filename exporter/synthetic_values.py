@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from angelforge.config import ModelConfig
 from angelforge.dtypes import DType
+from angelforge.inventory import expected_tensors
 
 _BLOCK = 128
 _FP8_MAX = 448.0
@@ -20,16 +22,16 @@ _BIAS_MEAN, _BIAS_SPREAD = -0.7, 0.1
 
 
 class Role(Enum):
-    """What a tensor does; decides its values and whether an FP8 checkpoint quantises it."""
+    """What a tensor does, which decides its values; the value is how such names end, first match taken."""
 
-    EMBEDDING = "embedding"
-    LINEAR = "linear"
-    HEAD = "head"
-    NORM = "norm"
-    HEAD_NORM = "head norm"
-    ROUTER = "router"
-    BIAS = "bias"
-    SCALE = "scale"
+    SCALE = ("_scale_inv",)
+    BIAS = (".expert_bias",)
+    ROUTER = (".gate.weight",)
+    HEAD_NORM = (".query_layernorm.weight", ".key_layernorm.weight")
+    NORM = ("_layernorm.weight", "model.norm.weight")
+    EMBEDDING = (".word_embeddings.weight",)
+    HEAD = ("lm_head.weight",)
+    LINEAR = (".weight",)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Spec:
 
     name: str
     shape: tuple[int, ...]
-    role: Role
     dtype: DType
 
     @property
@@ -46,67 +47,22 @@ class Spec:
         """Bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def role(self) -> Role:
+        """What it does."""
+        return next(role for role in Role if self.name.endswith(role.value))
 
-def tensor_specs(config: Mapping[str, Any], dtype: DType, bias_dtype: DType) -> Iterator[Spec]:
-    """Every tensor of a checkpoint of `config`, in the order of the computation.
 
-    `dtype` F8_E4M3 gives quantised linears, each followed by its `_scale_inv`, and BF16 for the rest. `bias_dtype` is
-    that of the router's expert_bias.
+def tensor_specs(config: ModelConfig, dtype: DType, bias_dtype: DType) -> list[Spec]:
+    """Every tensor of a checkpoint of `config`; in an FP8 checkpoint each quantised weight stands before its scale.
+
+    `dtype` is that of all tensors whose type the architecture leaves open, `bias_dtype` that of the router's bias.
     """
-    plain = DType.BF16 if dtype is DType.F8_E4M3 else dtype
-    for name, shape, role in _parameters(config):
-        if role is Role.LINEAR and dtype is DType.F8_E4M3:
-            yield Spec(name, shape, role, dtype)
-            blocks = (-(-shape[0] // _BLOCK), -(-shape[1] // _BLOCK))
-            yield Spec(name + "_scale_inv", blocks, Role.SCALE, DType.F32)
-        else:
-            yield Spec(name, shape, role, bias_dtype if role is Role.BIAS else plain)
-
-
-_Parameter = tuple[str, tuple[int, ...], Role]
-
-
-def _parameters(config: Mapping[str, Any]) -> Iterator[_Parameter]:
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    yield "model.word_embeddings.weight", (vocab, hidden), Role.EMBEDDING
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (hidden,), Role.NORM
-        yield from _attention(config, prefix + "attention.")
-        yield prefix + "post_attention_layernorm.weight", (hidden,), Role.NORM
-        if layer < config["first_k_dense_replace"]:
-            yield from _gated(prefix + "mlp.", hidden, config["intermediate_size"])
-        else:
-            yield from _mixture(config, prefix + "mlp.")
-    yield "model.norm.weight", (hidden,), Role.NORM
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", (vocab, hidden), Role.HEAD
-
-
-def _attention(config: Mapping[str, Any], prefix: str) -> Iterator[_Parameter]:
-    hidden, heads, size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
-    rows = (heads + 2 * config["num_key_value_heads"]) * size
-    yield prefix + "query_key_value.weight", (rows, hidden), Role.LINEAR
-    if config["use_qk_norm"]:
-        yield prefix + "query_layernorm.weight", (size,), Role.HEAD_NORM
-        yield prefix + "key_layernorm.weight", (size,), Role.HEAD_NORM
-    yield prefix + "dense.weight", (hidden, heads * size), Role.LINEAR
-
-
-def _mixture(config: Mapping[str, Any], prefix: str) -> Iterator[_Parameter]:
-    hidden, experts, width = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
-    yield prefix + "gate.weight", (experts, hidden), Role.ROUTER
-    yield prefix + "gate.expert_bias", (experts,), Role.BIAS
-    for expert in range(experts):
-        yield from _gated(f"{prefix}experts.{expert}.", hidden, width)
-    if config["num_shared_experts"]:
-        yield from _gated(prefix + "shared_experts.", hidden, width * config["num_shared_experts"])
-
-
-def _gated(prefix: str, hidden: int, width: int) -> Iterator[_Parameter]:
-    yield prefix + "gate_proj.weight", (width, hidden), Role.LINEAR
-    yield prefix + "up_proj.weight", (width, hidden), Role.LINEAR
-    yield prefix + "down_proj.weight", (hidden, width), Role.LINEAR
+    specs = []
+    for name, expected in expected_tensors(config).items():
+        wanted = bias_dtype if name.endswith(Role.BIAS.value) else dtype
+        specs.append(Spec(name, expected.shape, wanted if wanted in expected.dtypes else next(iter(expected.dtypes))))
+    return specs
 
 
 def checkpoint_values(specs: Iterable[Spec], seed: int) -> Iterator[NDArray[Any]]:
