@@ -14,6 +14,7 @@ def check_relations(c: ModelConfig) -> None:
     """Raises AngelForgeError with the first relation that `c` breaks; the message names the keys and their values."""
     per_group = c.num_experts // c.n_group
     rules = (
+        (c.rope_theta > 1.0, f"rope_theta {c.rope_theta:g} must be greater than 1"),
         (
             c.num_attention_heads % c.num_key_value_heads == 0,
             f"num_attention_heads {c.num_attention_heads} must be a multiple of "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError
 
 # Larger sizes are damage or an attack: a tensor axis must fit an ONNX Runtime and TensorRT int32 extent.
@@ -18,12 +19,8 @@ _REQUIRED: Any = object()
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object, refusing NaN, infinities and repeated keys, which Python's reader would let through."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise AngelForgeError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AngelForgeError(f"{path} cannot be read: {error}.") from None
+    with explained("read", path):
+        data = path.read_bytes()
 
     def refuse_constant(name: str) -> NoReturn:
         raise AngelForgeError(f"{path} contains {name}, which is not a JSON value: write a finite number.")
@@ -37,10 +34,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeated)
+        value = json.loads(data, parse_constant=refuse_constant, object_pairs_hook=refuse_repeated)
     except json.JSONDecodeError as error:
         raise AngelForgeError(f"{path} is not valid JSON: {error}.") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of more than 4300 digits
+    except (RecursionError, ValueError) as error:  # nested too deeply; not UTF-8; an integer of 4300 digits
         raise AngelForgeError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise AngelForgeError(f"{path} holds {describe(value)}, but a JSON object was expected.")
