@@ -27,31 +27,47 @@ FIXES = {
 
 
 class Failure(click.ClickException):
-    """An error that is shown as a message and ends the process with its exit code."""
+    """An error that is shown as a message and ends the process with exit code 1."""
 
-    def __init__(self, message: str, exit_code: int, as_json: bool) -> None:
+    prefix = "error: "
+
+    def __init__(self, message: str, as_json: bool) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
         self.as_json = as_json
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message to standard error and, if JSON was asked for, to standard output."""
         if self.as_json:
             click.echo(json.dumps({"error": self.message}))
-        click.echo(f"error: {self.message}" if self.exit_code != 130 else self.message, file=file, err=True)
+        self.explain(file)
+
+    def explain(self, file: IO[Any] | None) -> None:
+        """Print what people read."""
+        click.echo(f"{self.prefix}{self.message}", file=file, err=True)
+
+
+class Interrupted(Failure):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+    prefix = ""
 
 
 class WrongUse(Failure):
-    """A usage error that click found: shown with the usage line of the command."""
+    """The request itself was wrong."""
+
+    exit_code = 2
+
+
+class WrongOptions(WrongUse):
+    """The command line did not parse: shown as click shows it, with the usage line of the command."""
 
     def __init__(self, error: click.UsageError, as_json: bool) -> None:
-        super().__init__(error.format_message(), error.exit_code, as_json)
+        super().__init__(error.format_message(), as_json)
         self.error = error
 
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print click's own message to standard error and, if JSON was asked for, the sentence to standard output."""
-        if self.as_json:
-            click.echo(json.dumps({"error": self.message}))
+    def explain(self, file: IO[Any] | None) -> None:
+        """Print click's own message."""
         self.error.show(file)
 
 
@@ -82,21 +98,21 @@ def failures_as_messages(debug: bool, as_json: bool) -> Iterator[None]:
     Exit codes: 2 for wrong use, 130 after an interrupt, 1 for everything else.
     """
 
-    def failure(message: str, exit_code: int = 1) -> Failure:
+    def failure(message: str, kind: type[Failure] = Failure) -> Failure:
         if debug:
             traceback.print_exc()
-        return Failure(message, exit_code, as_json)
+        return kind(message, as_json)
 
     try:
         yield
     except click.UsageError as error:
-        raise WrongUse(error, as_json) from None
+        raise WrongOptions(error, as_json) from None
     except UsageError as error:
-        raise failure(str(error), 2) from None
+        raise failure(str(error), WrongUse) from None
     except AngelForgeError as error:
         raise failure(str(error)) from None
     except (KeyboardInterrupt, click.Abort):
-        raise failure("interrupted", 130) from None
+        raise failure("interrupted", Interrupted) from None
     except BrokenPipeError:
         raise  # the reader (`| head`) has gone: click ends quietly
     except OSError as error:

@@ -26,7 +26,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column != columns[-1] and None)
+        table.add_column(column, overflow="fold", no_wrap=column != columns[-1])
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets in names are no markup
     # A pipe has no width: there a row is never folded, so that `grep` finds whole rows.
@@ -68,8 +68,15 @@ def progress(description: str, total: int, unit: str = "B") -> Iterator[Callable
 @contextmanager
 def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(unit)]
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
