@@ -52,8 +52,8 @@ class Reference:
     """
 
     def __init__(self, config: Any, tensors: Callable[[str], Array], dtype: type[np.floating[Any]] = np.float64):
-        raw = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-        self.config: dict[str, Any] = raw
+        raw: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
+        self.config = raw
         self.dtype = np.dtype(dtype)
         self._tensors = tensors
         self._cache: dict[str, Array] = {}
@@ -97,9 +97,9 @@ class Reference:
             logits=hidden @ self.tensor(head).T,
             hidden=hidden,
             residuals=tuple(residuals),
-            experts=tuple(r and r.experts for r in routings),
-            weights=tuple(r and r.weights for r in routings),
-            margins=tuple(r and r.margins for r in routings),
+            experts=tuple(None if r is None else r.experts for r in routings),
+            weights=tuple(None if r is None else r.weights for r in routings),
+            margins=tuple(None if r is None else r.margins for r in routings),
             keys=tuple(keys),
             values=tuple(values),
         )
@@ -143,18 +143,18 @@ class Reference:
     def _gated(self, x: Array, prefix: str) -> Array:
         gate = x @ self.tensor(prefix + "gate_proj.weight").T
         up = x @ self.tensor(prefix + "up_proj.weight").T
-        return (gate * sigmoid(gate) * up) @ self.tensor(prefix + "down_proj.weight").T
+        return np.asarray((gate * sigmoid(gate) * up) @ self.tensor(prefix + "down_proj.weight").T)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x²) + eps) · weight over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight)
 
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x) without overflow for large negative x."""
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, small) / (1 + small)
+    return np.asarray(np.where(x >= 0, 1, small) / (1 + small))
 
 
 def route(logits: Array, bias: Array, *, groups: int, kept_groups: int, top_k: int, scaling: float) -> Routing:
@@ -222,7 +222,7 @@ def inverse_frequencies(config: Mapping[str, Any]) -> Array:
     first = max(math.floor(index_of(yarn.get("beta_fast") or 32)), 0)
     last = min(math.ceil(index_of(yarn.get("beta_slow") or 1)), dim - 1)
     share = np.clip((np.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)  # of the slowed frequency
-    return (1 - share) * plain + share * plain / yarn["factor"]
+    return np.asarray((1 - share) * plain + share * plain / yarn["factor"])
 
 
 def attention_factor(config: Mapping[str, Any]) -> float:

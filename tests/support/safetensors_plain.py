@@ -53,4 +53,4 @@ def dequantise(weight: Array, scale: Array) -> Array:
     """weight × scale in f32; scale [⌈out/128⌉, ⌈in/128⌉] holds one factor for each 128×128 block."""
     rows, columns = weight.shape
     spread = np.repeat(np.repeat(scale, 128, axis=0), 128, axis=1)[:rows, :columns]
-    return weight.astype(np.float32) * spread
+    return np.asarray(weight.astype(np.float32) * spread)
