@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import angelforge
-from angelforge.tools.failures import failures_as_messages
+from angelforge.tools.failures import ErrorStyle, failures_as_messages
 
 # Command: its line in `angelforge --help`. Kept here so that the list needs no import of what the commands import.
 SUMMARIES = {
@@ -46,15 +46,20 @@ class LazyGroup(click.Group):
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Note whether the command was given `--json`: its errors are then JSON too, whatever goes wrong where."""
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse the options before the command, and note how errors are to be shown, whatever goes wrong where."""
         options = args[: args.index("--")] if "--" in args else args
-        ctx.meta["angelforge.json"] = "--json" in options
-        return super().parse_args(ctx, args)
+        style = ErrorStyle(debug="--debug" in options, as_json="--json" in options)
+        with failures_as_messages(style):
+            ctx = super().make_context(info_name, args, parent, **extra)
+        ctx.obj = style
+        return ctx
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; failures end as one or two sentences and an exit code."""
-        with failures_as_messages(debug=ctx.params["debug"], as_json=ctx.meta["angelforge.json"]):
+        with failures_as_messages(ctx.obj):
             return super().invoke(ctx)
 
 

@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import IO, Any
 
 import click
@@ -26,6 +27,14 @@ FIXES = {
 }
 
 
+@dataclass(frozen=True)
+class ErrorStyle:
+    """How errors are shown: with the traceback before the message, and as JSON on standard output too."""
+
+    debug: bool = False
+    as_json: bool = False
+
+
 class Failure(click.ClickException):
     """An error that is shown as a message and ends the process with exit code 1."""
 
@@ -36,10 +45,11 @@ class Failure(click.ClickException):
         self.as_json = as_json
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the message to standard error and, if JSON was asked for, to standard output."""
-        if self.as_json:
-            click.echo(json.dumps({"error": self.message}))
+        """Print the message to standard error and, where JSON was asked for, as JSON to standard output."""
         self.explain(file)
+        if self.as_json:
+            with suppress(OSError):  # standard output may be what failed
+                click.echo(json.dumps({"error": self.message}))
 
     def explain(self, file: IO[Any] | None) -> None:
         """Print what people read."""
@@ -92,21 +102,21 @@ def import_error_message(error: ImportError) -> str | None:
 
 
 @contextmanager
-def failures_as_messages(debug: bool, as_json: bool) -> Iterator[None]:
+def failures_as_messages(style: ErrorStyle) -> Iterator[None]:
     """Turn the errors that users can meet into `Failure`s. What is left (a bug) keeps its traceback.
 
     Exit codes: 2 for wrong use, 130 after an interrupt, 1 for everything else.
     """
 
     def failure(message: str, kind: type[Failure] = Failure) -> Failure:
-        if debug:
+        if style.debug:
             traceback.print_exc()
-        return kind(message, as_json)
+        return kind(message, style.as_json)
 
     try:
         yield
     except click.UsageError as error:
-        raise WrongOptions(error, as_json) from None
+        raise WrongOptions(error, style.as_json) from None
     except UsageError as error:
         raise failure(str(error), WrongUse) from None
     except AngelForgeError as error:

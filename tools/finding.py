@@ -15,7 +15,8 @@ Status = Literal["ok", "missing", "problem"]
 class Finding:
     """One thing that was looked at. `missing`: not there, `problem`: there but unfit.
 
-    Both come with what the gap `prevents` and how to `fix` it. `needed` marks what export, `build --target cpu` and run cannot do without.
+    Both come with what the gap `prevents` and how to `fix` it. `needed` marks what export, `build --target cpu` and
+    run cannot do without.
     """
 
     name: str
