@@ -1,0 +1,76 @@
+"""Numbers to read, tables whose rows stay whole in a pipe, progress that keeps the output clean."""
+
+import io
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from angelforge.tools import output
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (65536, "65.5 kB"), (999_600, "1 MB"), (104.2e9, "104 GB")],
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert output.format_bytes(count) == text
+
+
+@given(st.integers(0, 10**16))
+def test_format_bytes_keeps_three_digits(count: int) -> None:
+    """Whatever the size: the text is within half a percent of it and short."""
+    number, unit = output.format_bytes(count).split()
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert abs(float(number) * scale - count) <= 0.005001 * count
+    assert len(number) <= 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.348, "0.35 s"), (9.96, "10 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert output.format_seconds(seconds) == text
+
+
+def test_table_rows_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe a long row is one line, and brackets in a name are printed, not taken as markup."""
+    name = "model.layers.0." + "x" * 150
+    output.print_table(["name", "shape"], [[name, "[red]"]], title="Tensors")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(name in line and "[red]" in line for line in lines)
+
+
+def test_json_keeps_text(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"text": "头痛"})
+    assert "头痛" in capsys.readouterr().out
+
+
+def test_progress_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where standard error is no terminal: a line every ten seconds with share, rate and time left."""
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(output, "monotonic", lambda: float(next(clock)))
+    with output.progress("packing", total=100_000) as advance:
+        for _ in range(4):
+            advance(10_000)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == [
+        "packing: 20 % (20 kB of 100 kB, 2 kB/s, 40 s left)",
+        "packing: 40 % (40 kB of 100 kB, 2 kB/s, 30 s left)",
+    ]
+
+
+@pytest.mark.parametrize("unit", ["B", "tokens"])
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """On a terminal a bar that ends full, on standard error."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with output.progress("packing", total=3, unit=unit) as advance:
+        for _ in range(3):
+            advance(1)
+    assert "packing" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()
