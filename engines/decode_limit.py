@@ -1,0 +1,51 @@
+"""The physical limit of decoding: how fast memory alone lets tokens come, whatever the kernels are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from angelforge.config import ModelConfig
+from angelforge.engines.footprint import Kind, WeightBytes
+
+# Measured elsewhere for small messages over NVLink; two all-reduces a layer (PLATFORM: about 10 µs each).
+ALL_REDUCE_SECONDS = 10e-6
+
+
+@dataclass(frozen=True)
+class DecodeLimit:
+    """Tokens per second of all sequences together if every byte is read once at nominal bandwidth."""
+
+    batch: int
+    context: int
+    bytes_per_step: int  # on each rank
+    tokens_per_second: float
+
+
+def touched_experts(config: ModelConfig, tokens: int) -> float:
+    """Expected number of routed experts of a layer that `tokens` tokens reach: E (1 - (1 - k/E)^n)."""
+    missed = (1.0 - config.num_experts_per_tok / config.num_experts) ** tokens
+    return config.num_experts * (1.0 - missed)
+
+
+def decode_limit(
+    config: ModelConfig,
+    weights: tuple[WeightBytes, ...],
+    kv_per_token: int,
+    bandwidth: float,
+    batch: int,
+    context: int,
+    ranks: int = 1,
+) -> DecodeLimit:
+    """The limit at `batch` sequences that each hold `context` tokens; `kv_per_token` is that of one rank.
+
+    Read each step: all weights but the embedding and the rope tables (rows of them are looked up), of the routed
+    experts the expected share, and the whole cache of every sequence.
+    """
+    per_rank = {item.kind: item.per_rank for item in weights}
+    always = sum(n for kind, n in per_rank.items() if kind not in (Kind.EMBEDDING, Kind.ROPE, Kind.ROUTED))
+    experts = per_rank[Kind.ROUTED] * touched_experts(config, batch) / config.num_experts
+    nbytes = always + experts + batch * context * kv_per_token
+    seconds = nbytes / bandwidth
+    if ranks > 1:
+        seconds += 2 * config.num_hidden_layers * ALL_REDUCE_SECONDS
+    return DecodeLimit(batch, context, round(nbytes), batch / seconds)

@@ -1,0 +1,95 @@
+"""What a model occupies, computed from its configuration: weights by kind, KV cache, activations. All in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from angelforge.config import ModelConfig
+from angelforge.dtypes import DType
+from angelforge.precision import Precision
+
+_SCALE_BLOCK = 128
+_F32 = DType.F32.itemsize
+
+
+class Kind(Enum):
+    """Kinds of weights; the value names it in tables."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    ATTENTION = "attention"
+    DENSE = "dense MLP"
+    ROUTER = "router"
+    ROUTED = "routed experts"
+    SHARED = "shared experts"
+    NORM = "norms"
+    ROPE = "rope tables"
+
+    @property
+    def split(self) -> bool:
+        """Whether ranks share it: heads and intermediate widths are sliced, the rest is on every rank."""
+        return self in (Kind.ATTENTION, Kind.DENSE, Kind.ROUTED, Kind.SHARED)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of one kind of weights: of the whole model, and on each rank."""
+
+    kind: Kind
+    total: int
+    per_rank: int
+
+
+def weight_bytes(
+    config: ModelConfig, precision: Precision, max_context: int, ranks: int = 1
+) -> tuple[WeightBytes, ...]:
+    """Bytes of every kind of weights as a bundle of that precision and context holds them."""
+    c = config
+    act = precision.activation.itemsize
+
+    def matmul(rows: int, columns: int) -> int:
+        """A weight of a linear or expert, with its f32 block scales if quantised."""
+        scales = math.ceil(rows / _SCALE_BLOCK) * math.ceil(columns / _SCALE_BLOCK) * _F32
+        return rows * columns * precision.matmul.itemsize + (scales if precision.quantized else 0)
+
+    def mlp(width: int) -> int:
+        return 2 * matmul(width, c.hidden_size) + matmul(c.hidden_size, width)
+
+    attention = matmul(c.qkv_size, c.hidden_size) + matmul(c.hidden_size, c.num_attention_heads * c.head_dim)
+    norms_of_layer = 2 * c.hidden_size + (2 * c.head_dim if c.use_qk_norm else 0)
+    table = c.vocab_size * c.hidden_size * act
+    totals = {
+        Kind.EMBEDDING: table,
+        Kind.HEAD: table,
+        Kind.ATTENTION: c.num_hidden_layers * attention,
+        Kind.DENSE: c.first_k_dense_replace * mlp(c.intermediate_size),
+        Kind.ROUTER: c.num_moe_layers * c.num_experts * (c.hidden_size + 1) * _F32,
+        Kind.ROUTED: c.num_moe_layers * c.num_experts * mlp(c.moe_intermediate_size),
+        Kind.SHARED: c.num_moe_layers * c.num_shared_experts * mlp(c.moe_intermediate_size),
+        Kind.NORM: (c.num_hidden_layers * norms_of_layer + c.hidden_size) * act,
+        Kind.ROPE: max_context * c.rotary_dim * _F32,  # cos and sin of rotary_dim/2 pairs
+    }
+    return tuple(
+        WeightBytes(kind, total, math.ceil(total / ranks) if kind.split else total) for kind, total in totals.items()
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: DType) -> int:
+    """Bytes of keys and values of one token in all layers; 65,536 for AntAngelMed in bf16."""
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def activation_bytes(config: ModelConfig, dtype: DType, max_tokens: int, max_batch: int) -> int:
+    """Upper estimate of the buffers alive at once in a step of `max_tokens` tokens with logits of `max_batch` rows.
+
+    Per token: residual, normed and block output (f32 where summed), fused QKV and attention output, and for each
+    expert of the token its gated width and its output row. Logits are f32.
+    """
+    c = config
+    residual = c.hidden_size * (2 * _F32 + 2 * dtype.itemsize)
+    attention = (c.qkv_size + c.num_attention_heads * c.head_dim) * dtype.itemsize
+    experts = c.experts_per_token * (c.moe_intermediate_size * _F32 + c.hidden_size * dtype.itemsize)
+    dense = 2 * c.intermediate_size * dtype.itemsize
+    return max_tokens * (residual + attention + max(experts, dense)) + max_batch * c.vocab_size * _F32

@@ -1,0 +1,85 @@
+"""Optimises a bundle's graph with ONNX Runtime, without reading a weight.
+
+ONNX Runtime wants initializers to exist while it optimises, but with constant folding off it only looks at their types
+and shapes. So it is given sparse files of the right size in place of the weight files; the optimised graph then points
+to the real ones. A bundle whose weights are still being packed can be built all the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+from angelforge.errors import AngelForgeError
+
+# ONNX Runtime's exceptions share no base class of their own.
+ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+
+
+def session_options(weights_root: Path, threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options under which initializers are mapped from files below `weights_root` and not copied."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # With memory patterns ONNX Runtime reserves one block for all initializers, though it maps them from files.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_root))
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def optimize(model: ir.Model) -> bytes:
+    """The graph of `model` with functions inlined and fused, as a serialised ONNX model.
+
+    Raises:
+        AngelForgeError: ONNX Runtime refuses the graph.
+    """
+    with TemporaryDirectory(prefix="angelforge-build-") as scratch:
+        root = Path(scratch)
+        _place_sparse_files(model, root)
+        optimized = root / "optimized.onnx"
+        options = session_options(root)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized)
+        try:
+            onnxruntime.InferenceSession(
+                ir.to_proto(model).SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],
+            )
+        except ONNXRUNTIME_ERRORS as error:
+            raise AngelForgeError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
+        result = onnx.load(optimized, load_external_data=False)
+    _check_weights(result, model.graph.initializers)
+    return result.SerializeToString()
+
+
+def _place_sparse_files(model: ir.Model, root: Path) -> None:
+    sizes: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            sizes[tensor.location] = max(sizes.get(tensor.location, 0), (tensor.offset or 0) + (tensor.length or 0))
+    for name, size in sizes.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+
+
+def _check_weights(optimized: onnx.ModelProto, weights: Mapping[str, ir.Value]) -> None:
+    """The optimiser must have left every weight where it was: what it inlined would be the sparse file's zeros."""
+    for tensor in optimized.graph.initializer:
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        if external != (tensor.name in weights):
+            raise AngelForgeError(
+                f"ONNX Runtime {onnxruntime.__version__} rewrote the weight {tensor.name} while optimising; "
+                "please report this with the version."
+            )

@@ -1,0 +1,52 @@
+"""What helps when a model does not fit: changes of options, each tried out before it is proposed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from angelforge.engines.plan_types import Plan, PlanRequest, can_split
+from angelforge.precision import Precision
+from angelforge.targets import TARGETS, Target
+
+
+def find_remedies(request: PlanRequest, found: Plan, fits: Callable[[PlanRequest], bool]) -> tuple[str, ...]:
+    """Options of the command line that make `request` fit, each tried out with `fits`; the smallest of every sort.
+
+    `found` is the plan that does not fit.
+    """
+    remedies = [f"--max-context {found.tokens // 1024 * 1024}"] if found.tokens >= 1024 else []
+    for group in _changes(request):
+        fitting = (change for change in group if fits(dataclasses.replace(request, **change)))
+        remedies += [_options(change) for change in itertools.islice(fitting, 1)]
+    return tuple(remedies)
+
+
+def _changes(request: PlanRequest) -> list[list[dict[str, Any]]]:
+    """What may be tried: more ranks; FP8, alone or with more ranks; each other target."""
+    if request.target.backend == "onnxruntime":
+        return []
+    ranks = range(request.tensor_parallel + 1, request.config.num_key_value_heads + 1)
+
+    def splits(precision: Precision) -> list[dict[str, Any]]:
+        return [{"tensor_parallel": n} for n in ranks if can_split(request.config, n, precision)]
+
+    groups = [splits(request.precision)]
+    if request.precision is not Precision.FP8:
+        fp8 = {"precision": Precision.FP8}
+        groups.append([{**fp8, **split} for split in ({}, *splits(Precision.FP8))])
+    if request.memory_bytes is None:  # otherwise a memory of one's own was asked about
+        others = [t for t in TARGETS.values() if t.backend == request.target.backend and t != request.target]
+        groups += [[{"target": target}] for target in others]
+    return groups
+
+
+def _options(change: dict[str, Any]) -> str:
+    """A change as it is typed on the command line."""
+    names = {
+        name: value.value if isinstance(value, Precision) else value.name if isinstance(value, Target) else value
+        for name, value in change.items()
+    }
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in names.items())
