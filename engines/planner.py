@@ -24,13 +24,10 @@ _LARGEST_SLOT = 2**31 - 1  # a slot number is an int32
 def plan(request: PlanRequest) -> Plan:
     """Plans `request`. Raises UsageError if it is impossible whatever the memory: too long a context, odd ranks."""
     found = _plan_once(request)
-    return (
-        found
-        if found.fits
-        else dataclasses.replace(
-            found, remedies=find_remedies(request, found, lambda changed: _plan_once(changed).fits)
-        )
-    )
+    if found.fits:
+        return found
+    remedies = find_remedies(request, found, lambda changed: _plan_once(changed).fits)
+    return dataclasses.replace(found, remedies=remedies)
 
 
 def _plan_once(request: PlanRequest) -> Plan:
