@@ -1,10 +1,20 @@
-"""What all tests share: hypothesis profiles. Helpers are in `tests/support`, imported as `from support.x import y`."""
+"""What all tests share: hypothesis profiles, small models. Helpers are in `tests/support`: `from support.x import y`."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # The same examples in every run of `make test`, so that it never fails by chance; `make test-full` looks for new ones.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint in BF16 with tokenizer and chat template. Read only: other tests use it, too."""
+    from angelforge.exporter.synthetic import small_config, write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), small_config())
