@@ -14,12 +14,16 @@ from angelforge.errors import AngelForgeError
 
 # Larger sizes are damage or an attack: a tensor axis must fit an ONNX Runtime and TensorRT int32 extent.
 LARGEST_SIZE = 2**31 - 1
+_LARGEST_FILE = 100_000_000  # bytes; the index of the 103B model in FP8 has 5 million
 _REQUIRED: Any = object()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object, refusing NaN, infinities and repeated keys, which Python's reader would let through."""
     with explained("read", path):
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            raise AngelForgeError(f"{path} has {size} bytes, but a JSON file of at most {_LARGEST_FILE} was expected.")
         data = path.read_bytes()
 
     def refuse_constant(name: str) -> NoReturn:

@@ -61,7 +61,7 @@ def weight_bytes(
     norms_of_layer = 2 * c.hidden_size + (2 * c.head_dim if c.use_qk_norm else 0)
     table = c.vocab_size * c.hidden_size * act
     totals = {
-        Kind.EMBEDDING: table,
+        Kind.EMBEDDING: 0 if c.tie_word_embeddings else table,  # tied: one table, counted as the head
         Kind.HEAD: table,
         Kind.ATTENTION: c.num_hidden_layers * attention,
         Kind.DENSE: c.first_k_dense_replace * mlp(c.intermediate_size),

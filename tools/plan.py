@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
-from angelforge.checkpoint import Checkpoint
 from angelforge.config import ModelConfig
 from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
 from angelforge.errors import UsageError
-from angelforge.hub import CONFIG_FILES, locate
-from angelforge.inventory import expected_tensors
 from angelforge.precision import Precision
-from angelforge.shards import INDEX, SINGLE
 from angelforge.targets import TARGETS, Target, get_target
 from angelforge.tools.machine import memory
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
-
-
-@dataclass(frozen=True)
-class Model:
-    """What was read: configuration, parameters, and the checked headers if there were any."""
-
-    source: str
-    config: ModelConfig
-    parameters: int
-    notes: tuple[str, ...]
-    tensors: int | None  # None if only the configuration was read
-    nbytes: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All facts as JSON values."""
-        facts = {"source": self.source, "parameters": self.parameters, "tensors": self.tensors, "bytes": self.nbytes}
-        return {**facts, "notes": list(self.notes), "digest": self.config.digest(), "config": self.config.to_dict()}
+from angelforge.tools.plan_model import read_model
+from angelforge.tools.plan_report import print_comparison, print_model, print_plan
 
 
 @click.command()
@@ -72,42 +50,20 @@ def plan(
     Example:
       angelforge plan AntAngelMed-FP8 --target h20 --tensor-parallel 2 --rope-scaling yarn:4
     """
-    model = read_model(checkpoint, layers)
-    config = model.config.with_rope_scaling(rope_scaling) if rope_scaling else model.config
+    model = read_model(checkpoint, layers, rope_scaling)
+    config = model.config
     chosen = Precision(precision) if precision else natural_precision(config)
-    sizes["max_context"] = sizes["max_context"] or config.max_context
+    if sizes["max_context"] is None:
+        sizes["max_context"] = config.max_context
     targets = [get_target(target)] if target else _comparable(sizes["tensor_parallel"])
     plans = [
         make_plan(PlanRequest(config, chosen, t, memory_bytes=_memory_bytes(t, memory_gb), **sizes)) for t in targets
     ]
-    notes = (*model.notes, *config.notes[len(model.config.notes) :])
     if as_json:
-        facts = {"model": {**model.to_dict(), "notes": list(notes)}}
-        print_json(
-            {**facts, "plan": plans[0].to_dict()} if target else {**facts, "plans": [p.to_dict() for p in plans]}
-        )
+        print_json({"model": model.to_dict(), "plans": [item.to_dict() for item in plans]})
         return
-    from angelforge.tools.plan_report import print_comparison, print_model, print_plan
-
-    print_model(model.source, config, model.parameters, model.tensors, model.nbytes, notes)
+    print_model(model)
     print_plan(plans[0]) if target else print_comparison(plans)
-
-
-def read_model(source: str, layers: int | None) -> Model:
-    """Reads a configuration and, where a folder has weights, their headers; raises AngelForgeError if they do not fit."""
-    path = Path(source)
-    folder = path if path.is_file() else locate(source, CONFIG_FILES)
-    if path.is_dir() and any((path / name).exists() for name in (INDEX, SINGLE)):
-        checkpoint = Checkpoint.open(path, layers)
-        checkpoint.check()
-        config, notes = checkpoint.config, checkpoint.notes
-        counts = (len(checkpoint.tensors) - len(checkpoint.dropped), checkpoint.nbytes)
-    else:
-        config = ModelConfig.load(folder)
-        config = config if layers is None else config.with_layers(layers)
-        notes, counts = config.notes, (None, None)
-    shapes = (item.shape for name, item in expected_tensors(config).items() if not name.endswith("_scale_inv"))
-    return Model(source, config, sum(math.prod(shape) for shape in shapes), notes, *counts)
 
 
 def natural_precision(config: ModelConfig) -> Precision:

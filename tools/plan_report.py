@@ -6,26 +6,19 @@ from collections.abc import Sequence
 
 import click
 
-from angelforge.config import ModelConfig
 from angelforge.engines.planner import Plan
 from angelforge.tools.output import format_bytes, print_table
+from angelforge.tools.plan_model import Model
 
 
-def print_model(
-    source: str,
-    config: ModelConfig,
-    parameters: int,
-    tensors: int | None,
-    nbytes: int | None,
-    notes: Sequence[str],
-) -> None:
+def print_model(model: Model) -> None:
     """What was read, and what a user should know about it."""
-    click.echo(f"{source}: {_parameters(parameters)} parameters, {config.num_hidden_layers} layers")
-    if tensors is None or nbytes is None:
+    click.echo(f"{model.source}: {_parameters(model.parameters)} parameters, {model.config.num_hidden_layers} layers")
+    if model.tensors is None or model.nbytes is None:
         click.echo("Only the configuration was read: no weights are there.")
     else:
-        click.echo(f"{tensors:,} tensors, {format_bytes(nbytes)}: all headers fit the configuration.")
-    for note in notes:
+        click.echo(f"{model.tensors:,} tensors, {format_bytes(model.nbytes)}: all headers fit the configuration.")
+    for note in model.notes:
         click.echo(f"note: {note}")
 
 
@@ -34,19 +27,17 @@ def print_plan(plan: Plan) -> None:
     devices = f"{plan.tensor_parallel} × {plan.target}" if plan.tensor_parallel > 1 else plan.target
     many = plan.tensor_parallel > 1
     place = {True: "split", False: "on every device"}
-    rows = [
-        [item.kind.value, format_bytes(item.total), format_bytes(item.per_rank), place[item.kind.split] if many else ""]
-        for item in plan.weights
-    ]
+    click.echo(f"\n{devices}, {plan.precision}")
+    rows = [[x.kind.value, format_bytes(x.total), format_bytes(x.per_rank), place[x.kind.split]] for x in plan.weights]
     rows.append(["all", format_bytes(plan.weights_total), format_bytes(plan.weights_per_rank), ""])
-    print_table(["weights", "total", "a device", ""], rows, f"\n{devices}, {plan.precision}")
-    step = plan.reserve_activations
+    columns = ["weights", "total", "a device", ""] if many else ["weights", "bytes"]
+    print_table(columns, [row[: len(columns)] for row in rows])
     memory = [
-        ["memory", format_bytes(plan.memory), ""],
-        ["weights", format_bytes(plan.weights_per_rank), ""],
-        ["activations", format_bytes(step), "upper estimate of one step"],
-        ["driver and engine", format_bytes(plan.reserve_device), "reserve"],
-        ["left for the cache", format_bytes(plan.left), _cache(plan)],
+        ["memory", _gb(plan.memory), ""],
+        ["weights", _gb(plan.weights_per_rank), ""],
+        ["activations", _gb(plan.reserve_activations), "upper estimate of one step"],
+        ["driver and engine", _gb(plan.reserve_device), "reserve"],
+        ["left for the cache", _gb(plan.left), _cache(plan)],
     ]
     print_table(["a device", "bytes", ""], memory)
     print_table(
@@ -58,7 +49,8 @@ def print_plan(plan: Plan) -> None:
             [str(x.batch), f"{x.context:,}", format_bytes(x.bytes_per_step), f"{x.tokens_per_second:,.0f}"]
             for x in plan.limits
         ]
-        print_table(["batch", "context", "bytes a step", "tokens/s at most (nominal bandwidth)"], limits)
+        reduced = " and 10 µs an all-reduce" if many else ""
+        print_table(["batch", "context", "bytes a step", f"tokens/s at most (nominal bandwidth{reduced})"], limits)
     click.echo(_verdict(plan))
 
 
@@ -68,8 +60,8 @@ def print_comparison(plans: Sequence[Plan]) -> None:
         [
             p.target,
             "yes" if p.fits else "no",
-            format_bytes(p.memory),
-            format_bytes(p.needed),
+            _gb(p.memory),
+            _gb(p.needed),
             f"{p.tokens:,}",
             f"{p.limits[0].tokens_per_second:,.0f}" if p.limits else "",
             f"{p.limits[-1].tokens_per_second:,.0f}" if p.limits else "",
@@ -80,7 +72,8 @@ def print_comparison(plans: Sequence[Plan]) -> None:
     first = plans[0]
     columns = ["target", "fits", "memory", "needed", "cache tokens", "limit, batch 1", "limit, batch 32", "what helps"]
     ranks = f", {first.tensor_parallel} devices" if first.tensor_parallel > 1 else ""
-    print_table(columns, rows, f"\n{first.precision}, context {first.max_context:,}{ranks} (bytes of one device)")
+    click.echo(f"\n{first.precision}, context {first.max_context:,}{ranks} (bytes of one device)")
+    print_table(columns, rows)
     click.echo("Limits are tokens/s of all sequences together at nominal bandwidth. Details: --target NAME.")
 
 
@@ -95,9 +88,7 @@ def _sequences(plan: Plan, count: int | None) -> str:
 
 def _verdict(plan: Plan) -> str:
     if plan.fits:
-        return (
-            f"It fits: {format_bytes(plan.needed)} of {format_bytes(plan.memory)} for one sequence, the rest for more."
-        )
+        return f"It fits: {_gb(plan.needed)} of {_gb(plan.memory)} with one sequence, the rest is for more."
     lines = [f"It does not fit. {plan.problem}"]
     lines += [f"  fits with {remedy}" for remedy in plan.remedies]
     return "\n".join(lines if plan.remedies else [*lines, "  No other option or target that AngelForge knows helps."])
@@ -105,3 +96,8 @@ def _verdict(plan: Plan) -> str:
 
 def _parameters(count: int) -> str:
     return f"{count / 1e9:.1f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+def _gb(count: int) -> str:
+    """Large amounts with one decimal: whether a model fits is a matter of single GB."""
+    return f"{count / 1e9:,.1f} GB" if abs(count) >= 1e9 else format_bytes(count)
