@@ -95,10 +95,10 @@ class Operator:
         bound = self.bind([_dims(value) for value in inputs])
         dims: dict[str, Any] = {**bound, **attributes}
         shapes = self.output_shapes(dims)
-        types = self._bind_types(inputs)
+        types = self.output_types([value.dtype for value in inputs], attributes)
         return [
-            ir.val(None, dtype=self._output_type(port, types, attributes), shape=[_as_dim(d) for d in shape])
-            for port, shape in zip(self.outputs, shapes, strict=True)
+            ir.val(None, dtype=dtype, shape=[_as_dim(d) for d in shape])
+            for dtype, shape in zip(types, shapes, strict=True)
         ]
 
     def bind(self, shapes: Sequence[Sequence[Any] | None]) -> dict[str, Any]:
@@ -132,17 +132,22 @@ class Operator:
             for p in self.outputs
         ]
 
-    def _bind_types(self, inputs: Sequence[ir.Value]) -> dict[str, ir.DataType]:
+    def output_types(
+        self, inputs: Sequence[ir.DataType | None], attributes: Mapping[str, int | float]
+    ) -> list[ir.DataType]:
+        """Element types of the outputs (the operator's type rule); None is an input of unknown type.
+
+        Raises:
+            ValueError: an input has a type that the operator does not take, or types that must be equal are not.
+        """
         types: dict[str, ir.DataType] = {}
-        for port, value in zip(self.inputs, inputs, strict=True):
+        for port, dtype in zip(self.inputs, inputs, strict=True):
             allowed = self.types.get(port.type, (port.type,))
-            if value.dtype is None:
+            if dtype is None:
                 continue
-            if value.dtype.name not in allowed or types.setdefault(port.type, value.dtype) != value.dtype:
-                raise ValueError(
-                    f"{self.name}: input {port.name} is {value.dtype.name}, needed {port.type} of {allowed}"
-                )
-        return types
+            if dtype.name not in allowed or types.setdefault(port.type, dtype) != dtype:
+                raise ValueError(f"{self.name}: input {port.name} is {dtype.name}, needed {port.type} of {allowed}")
+        return [self._output_type(port, types, attributes) for port in self.outputs]
 
     def _output_type(
         self, port: Port, types: Mapping[str, ir.DataType], attributes: Mapping[str, int | float]
