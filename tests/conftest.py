@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, small models. Helpers are in `tests/support`: `from support.x import y`."""
+"""What all tests share: hypothesis profiles and small models. Helpers in `tests/support`: `from support.x import y`."""
 
 import os
 from pathlib import Path

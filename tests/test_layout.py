@@ -176,3 +176,15 @@ def test_no_path_of_one_machine() -> None:
     pattern = re.compile(r"(?<![\w/.:~])/(?:work|root|home)/[\w/.-]+")
     files = [*SOURCES, *TESTS]
     assert [source.name for source in files if pattern.search(source.text)] == []
+
+
+def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+    """What setuptools would install is every source file in its place, and the marker of typed packages."""
+    code = "from setuptools import setup; setup()"
+    arguments = ["-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    built = {file.relative_to(tmp_path / "lib").as_posix() for file in (tmp_path / "lib").rglob("*") if file.is_file()}
+    sources = {source.name for source in SOURCES}
+    expected = {name if name.startswith("angelforge/") else f"angelforge/{name}" for name in sources}
+    assert built == expected | {"angelforge/py.typed"}
