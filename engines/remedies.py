@@ -13,14 +13,15 @@ from angelforge.targets import TARGETS, Target
 
 
 def find_remedies(request: PlanRequest, found: Plan, fits: Callable[[PlanRequest], bool]) -> tuple[str, ...]:
-    """Options of the command line that make `request` fit, each tried out with `fits`; the smallest of every sort.
+    """What makes `request` fit, mostly options of the command line; of every sort the smallest.
 
-    `found` is the plan that does not fit.
+    Each is tried out with `fits`. `found` is the plan that does not fit.
     """
     remedies = [f"--max-context {found.tokens // 1024 * 1024}"] if found.tokens >= 1024 else []
+    quantized = request.config.quantization is not None
     for group in _changes(request):
         fitting = (change for change in group if fits(dataclasses.replace(request, **change)))
-        remedies += [_options(change) for change in itertools.islice(fitting, 1)]
+        remedies += [_options(change, quantized) for change in itertools.islice(fitting, 1)]
     return tuple(remedies)
 
 
@@ -35,18 +36,21 @@ def _changes(request: PlanRequest) -> list[list[dict[str, Any]]]:
 
     groups = [splits(request.precision)]
     if request.precision is not Precision.FP8:
-        fp8 = {"precision": Precision.FP8}
-        groups.append([{**fp8, **split} for split in ({}, *splits(Precision.FP8))])
+        same = [{}] if can_split(request.config, request.tensor_parallel, Precision.FP8) else []
+        groups.append([{"precision": Precision.FP8, **split} for split in (*same, *splits(Precision.FP8))])
     if request.memory_bytes is None:  # otherwise a memory of one's own was asked about
         others = [t for t in TARGETS.values() if t.backend == request.target.backend and t != request.target]
         groups += [[{"target": target}] for target in others]
     return groups
 
 
-def _options(change: dict[str, Any]) -> str:
-    """A change as it is typed on the command line."""
-    names = {
-        name: value.value if isinstance(value, Precision) else value.name if isinstance(value, Target) else value
-        for name, value in change.items()
-    }
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in names.items())
+def _options(change: dict[str, Any], quantized: bool) -> str:
+    """A change as it is typed on the command line; FP8 may also mean another checkpoint."""
+    words: list[str] = []
+    for name, value in change.items():
+        if isinstance(value, Precision):
+            words.append(f"--precision {value.value}" if quantized else "an FP8 checkpoint of this model")
+        else:
+            shown = value.name if isinstance(value, Target) else value
+            words.append(f"--{name.replace('_', '-')} {shown}")
+    return (" " if quantized else " and ").join(words)
