@@ -1,0 +1,69 @@
+"""Text of a growing list of token ids, piece by piece, never with half a character."""
+
+from __future__ import annotations
+
+from angelforge.runtime.stops import StopFilter
+from angelforge.runtime.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"  # what incomplete UTF-8 decodes to
+_LONGEST_PARTIAL = 3  # bytes that a UTF-8 character can lack its last byte with: each can show as a replacement
+_WINDOW = 32  # ids that are decoded together at most; half of them stay as context
+
+
+class Detokenizer:
+    """Decodes one token more at a time; the pieces together are the text of all ids.
+
+    Only the last few ids are decoded at every step, so a token costs the same however long the text is. Up to three
+    U+FFFD at the end are held back: the next token may complete the character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._shown = 0  # characters of the window's text that were returned
+
+    def push(self, token: int) -> str:
+        """The text that is certain after `token`; empty for special tokens and incomplete characters."""
+        if token in self._tokenizer.special_ids:
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        certain = len(text)
+        while certain > 0 and len(text) - certain < _LONGEST_PARTIAL and text[certain - 1] == _REPLACEMENT:
+            certain -= 1
+        new = text[self._shown : certain]
+        self._shown = max(self._shown, certain)
+        if len(self._window) >= _WINDOW:
+            # A shorter window may begin inside a character or lose its leading space: count from its end.
+            waiting = len(text) - self._shown
+            del self._window[: -_WINDOW // 2]
+            self._shown = max(0, len(self._tokenizer.decode(self._window)) - waiting)
+        return new
+
+    def finish(self) -> str:
+        """What was held back: no more tokens come."""
+        rest = self._tokenizer.decode(self._window)[self._shown :]
+        self._window.clear()
+        self._shown = 0
+        return rest
+
+
+class TextStream:
+    """The text of an output as it may be shown: decoded and cut before a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._filter = StopFilter(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come; nothing is shown from there on."""
+        return self._filter.stopped
+
+    def push(self, token: int) -> str:
+        """The text to show after `token`."""
+        return self._filter.push(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """The rest of the text: what was held back, unless a stop string is in it."""
+        return self._filter.push(self._detokenizer.finish()) + self._filter.finish()

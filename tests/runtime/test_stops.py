@@ -1,0 +1,38 @@
+"""Stop strings are found wherever the text is cut, and nothing of them is shown."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from angelforge.runtime.stops import StopFilter
+
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+def expected(text, stops):
+    """The text before the stop string that is complete first (the longest of those); None if there is none."""
+    for end in range(1, len(text) + 1):
+        begins = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if begins:
+            return text[: min(begins)]
+    return None
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=10), STOPS)
+def test_the_output_ends_before_the_first_stop_string_however_the_text_is_cut(pieces, stops):
+    text = "".join(pieces)
+    wanted = expected(text, stops)
+    stream = StopFilter(stops)
+    shown = "".join(stream.push(piece) for piece in pieces)
+    assert stream.stopped == (wanted is not None)
+    assert shown + stream.finish() == (text if wanted is None else wanted)
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=10), STOPS)
+def test_text_is_held_back_only_while_it_can_become_a_stop_string(pieces, stops):
+    stream, seen, shown = StopFilter(stops), "", ""
+    for piece in pieces:
+        seen, shown = seen + piece, shown + stream.push(piece)
+        if not stream.stopped:
+            held = seen[len(shown) :]
+            assert seen.startswith(shown)
+            assert not held or any(stop.startswith(held) and stop != held for stop in stops)

@@ -1,0 +1,122 @@
+"""Streamed text is the text of all tokens, whole characters only; tokenizers fail with a message."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from angelforge.errors import AngelForgeError
+from angelforge.runtime.detokenizer import Detokenizer, TextStream
+from angelforge.runtime.tokenizer import Tokenizer
+
+
+def byte_level():
+    """One token a byte, one for a whole word and two special ones: the hardest case for streaming."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_tokens(["word"])
+    library.add_special_tokens(["<|end|>", "<|mark|>"])
+    return Tokenizer(library)
+
+
+def metaspace():
+    """Spaces as ▁ with the first one dropped, and bytes as <0x..> tokens, as in SentencePiece vocabularies."""
+    words = ["▁", "▁the", "▁cat", "s", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
+    library = tokenizers.Tokenizer(models.BPE({word: id for id, word in enumerate(words)}, []))
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(library)
+
+
+BYTES, SPACES = byte_level(), metaspace()
+
+
+@given(st.lists(st.one_of(st.integers(0, 262), st.sampled_from([62, 63, 128, 226, 240]))))
+def test_streamed_pieces_are_the_text_of_all_tokens_also_of_invalid_bytes_and_unknown_ids(ids):
+    stream = Detokenizer(BYTES)
+    pieces = [stream.push(id) for id in ids]
+    assert "".join(pieces) + stream.finish() == BYTES.decode(ids)
+
+
+@given(st.text(max_size=60))
+def test_valid_text_is_streamed_without_half_characters_and_with_no_delay(text):
+    ids = BYTES.encode(text)
+    stream, shown = Detokenizer(BYTES), ""
+    for count, id in enumerate(ids, 1):
+        shown += stream.push(id)
+        whole = BYTES.decode(ids[:count]).rstrip("\ufffd")
+        assert shown.rstrip("\ufffd") == whole
+        assert text.startswith(shown)
+    assert shown + stream.finish() == text
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80))
+def test_leading_spaces_survive_where_the_decoder_drops_only_the_first(ids):
+    stream = Detokenizer(SPACES)
+    assert "".join([stream.push(id) for id in ids]) + stream.finish() == SPACES.decode(ids)
+
+
+def test_a_character_in_single_bytes_is_shown_when_it_is_complete():
+    stream = Detokenizer(SPACES)
+    begin = 5  # the token <0x00>
+    assert [stream.push(begin + byte) for byte in "世".encode()] == ["", "", "世"]
+
+
+def test_endless_invalid_bytes_cost_the_same_at_every_step():
+    stream = Detokenizer(BYTES)
+    id = BYTES.encode("\xff")[0]
+    shown = "".join(stream.push(id) for _ in range(500)) + stream.finish()
+    assert shown == BYTES.decode([id] * 500)
+    assert len(stream._window) <= 32
+
+
+def test_special_tokens_are_not_text():
+    end = BYTES.special_id("<|end|>")
+    assert end in BYTES.special_ids
+    assert BYTES.special_id("word") is None
+    assert BYTES.special_id("nothing like it") is None
+    stream = Detokenizer(BYTES)
+    assert stream.push(end) + stream.finish() == ""
+
+
+@given(st.text("stop here", max_size=40))
+def test_a_stop_string_ends_the_text_of_single_byte_tokens(text):
+    stream = TextStream(BYTES, ("stop",))
+    shown = ""
+    for id in BYTES.encode(text):
+        shown += stream.push(id)
+        if stream.stopped:
+            break
+    assert stream.stopped == ("stop" in text)
+    assert shown + stream.finish() == text.split("stop")[0]
+
+
+def test_a_folder_without_tokenizer_has_none(tmp_path):
+    assert Tokenizer.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps({"model": {"type": "BPE"}}), "\x00\xff"])
+def test_a_broken_tokenizer_file_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(AngelForgeError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path):
+    library = byte_level()._tokenizer
+    library.enable_truncation(3)
+    library.enable_padding(length=10)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.load(tmp_path).encode("abcdef")) == 6
+    assert len(Tokenizer.load(tmp_path).encode("a")) == 1
+
+
+def test_damaged_unicode_is_refused_with_a_sentence():
+    with pytest.raises(AngelForgeError, match="not valid Unicode"):
+        BYTES.encode("a\udcff")
