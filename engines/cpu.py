@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -49,7 +50,7 @@ def build_cpu(bundle: Bundle) -> EngineManifest:
     return manifest
 
 
-def bundle_facts(bundle: Bundle) -> dict[str, object]:
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """What a bundle says that its engines must agree with, by the names of `EngineManifest`."""
     manifest = bundle.manifest
     return {

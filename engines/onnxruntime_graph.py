@@ -66,7 +66,8 @@ def _place_sparse_files(model: ir.Model, root: Path) -> None:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            sizes[tensor.location] = max(sizes.get(tensor.location, 0), (tensor.offset or 0) + (tensor.length or 0))
+            name = str(tensor.location)
+            sizes[name] = max(sizes.get(name, 0), (tensor.offset or 0) + (tensor.length or 0))
     for name, size in sizes.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

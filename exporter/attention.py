@@ -4,13 +4,21 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from angelforge.config import ModelConfig
-from angelforge.exporter.parts import Projection, Weights
+from angelforge.exporter.parts import Activation, Weights, projection
 from angelforge.exporter.step import Step
 from angelforge.plugins.all_reduce.operator import ALL_REDUCE
+from angelforge.plugins.attention_merge.operator import ATTENTION_MERGE
+from angelforge.plugins.attention_merge_quantize.operator import ATTENTION_MERGE_QUANTIZE
 from angelforge.plugins.operator import call
 from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
 from angelforge.plugins.qkv_prepare.operator import QKV_PREPARE
 from angelforge.precision import Precision
+
+# Keys of one part of a sequence that thread blocks share. Fixed, so that a sequence's result does not depend on what
+# else runs; short enough to keep a GPU busy with one sequence, long enough for the parts to stay in its L2 cache.
+SPLIT_LENGTH = 256
+# Most tokens of a sequence that is left in parts: decoding and draft verification; longer chunks fill a GPU anyway.
+SPLIT_QUERIES = 8
 
 
 class Rope(nn.Module):  # type: ignore[misc]
@@ -32,15 +40,16 @@ class Attention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
+        self.precision = precision
         activation = precision.activation
         query_size = config.num_attention_heads * config.head_dim
-        self.query_key_value = Projection(config.hidden_size, config.qkv_size, precision.matmul, activation)
+        self.query_key_value = projection(config.hidden_size, config.qkv_size, precision)
         self.query_layernorm = Weights(activation, config.head_dim)
         self.key_layernorm = Weights(activation, config.head_dim)
-        self.dense = Projection(query_size, config.hidden_size, precision.matmul, activation)
+        self.dense = projection(query_size, config.hidden_size, precision)
 
     def forward(
-        self, op: OpBuilder, normed: ir.Value, step: Step, rope: tuple[ir.Value, ir.Value], pool: ir.Value
+        self, op: OpBuilder, normed: Activation, step: Step, rope: tuple[ir.Value, ir.Value], pool: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         """normed [T, H] → (what attention adds to the residual [T, H], the pool with K and V written)."""
         config = self.config
@@ -48,8 +57,8 @@ class Attention(nn.Module):  # type: ignore[misc]
             op,
             QKV_PREPARE,
             self.query_key_value(op, normed),
-            self.query_layernorm(op),
-            self.key_layernorm(op),
+            *self.query_layernorm(op),
+            *self.key_layernorm(op),
             *rope,
             step.positions,
             step.slots,
@@ -60,7 +69,7 @@ class Attention(nn.Module):  # type: ignore[misc]
             rotary_dim=config.rotary_dim,
             epsilon=config.rms_norm_eps,
         )
-        attended = call(
+        parts = call(
             op,
             PAGED_ATTENTION,
             query,
@@ -70,5 +79,9 @@ class Attention(nn.Module):  # type: ignore[misc]
             step.kv_length,
             step.positions,
             scale=config.head_dim**-0.5,
+            split_length=SPLIT_LENGTH,
+            split_queries=SPLIT_QUERIES,
         )
+        merge = ATTENTION_MERGE_QUANTIZE if self.precision.quantized else ATTENTION_MERGE
+        attended = call(op, merge, *parts, step.query_start, step.kv_length, split_length=SPLIT_LENGTH)
         return call(op, ALL_REDUCE, self.dense(op, attended)), pool

@@ -5,8 +5,11 @@ from onnxscript import OpBuilder, nn
 
 from angelforge.config import ModelConfig
 from angelforge.dtypes import DType
-from angelforge.exporter.parts import Projection, Weights, weight
+from angelforge.exporter.parts import Normed, Weights, flat, projection, weight
 from angelforge.plugins.all_reduce.operator import ALL_REDUCE
+from angelforge.plugins.fp8_gate_up.operator import FP8_GATE_UP
+from angelforge.plugins.fp8_moe_down.operator import FP8_MOE_DOWN
+from angelforge.plugins.fp8_moe_gate_up.operator import FP8_MOE_GATE_UP
 from angelforge.plugins.gate_up.operator import GATE_UP
 from angelforge.plugins.moe_combine.operator import MOE_COMBINE
 from angelforge.plugins.moe_down.operator import MOE_DOWN
@@ -23,13 +26,14 @@ class DenseMLP(nn.Module):  # type: ignore[misc]
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         width, hidden = config.intermediate_size, config.hidden_size
+        self.operator = FP8_GATE_UP if precision.quantized else GATE_UP
         self.gate_proj = Weights(precision.matmul, width, hidden)
         self.up_proj = Weights(precision.matmul, width, hidden)
-        self.down_proj = Projection(width, hidden, precision.matmul, precision.activation)
+        self.down_proj = projection(width, hidden, precision)
 
-    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, normed: Normed, num_tokens: ir.Value) -> ir.Value:
         """normed [T, H] → what the MLP adds to the residual [T, H]."""
-        inner = call(op, GATE_UP, normed, self.gate_proj(op), self.up_proj(op))
+        inner = call(op, self.operator, *flat(normed.for_matmul), *self.gate_proj(op), *self.up_proj(op))
         return call(op, ALL_REDUCE, self.down_proj(op, inner))
 
 
@@ -67,26 +71,31 @@ class Experts(nn.Module):  # type: ignore[misc]
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
+        self.precision = precision
         experts, width, hidden = config.num_expert_slots, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = Weights(precision.matmul, experts, width, hidden)
         self.up_proj = Weights(precision.matmul, experts, width, hidden)
         self.down_proj = Weights(precision.matmul, experts, hidden, width)
 
-    def forward(self, op: OpBuilder, normed: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, normed: Normed, expert_ids: ir.Value, expert_weights: ir.Value) -> ir.Value:
         """normed [T, H] → the weighted sum over each token's experts [T, H]."""
-        config = self.config
+        config, quantized = self.config, self.precision.quantized
         offsets, order, position = call(op, MOE_SORT, expert_ids, num_experts=config.num_expert_slots)
         inner = call(
             op,
-            MOE_GATE_UP,
-            normed,
-            self.gate_proj(op),
-            self.up_proj(op),
+            FP8_MOE_GATE_UP if quantized else MOE_GATE_UP,
+            *flat(normed.for_matmul),
+            *self.gate_proj(op),
+            *self.up_proj(op),
             offsets,
             order,
             experts_per_token=config.experts_per_token,
         )
-        expert_out = call(op, MOE_DOWN, inner, self.down_proj(op), offsets)
+        down = (*flat(inner), *self.down_proj(op), offsets)
+        if quantized:
+            expert_out = call(op, FP8_MOE_DOWN, *down, dtype=self.precision.activation.onnx)
+        else:
+            expert_out = call(op, MOE_DOWN, *down)
         return call(op, MOE_COMBINE, expert_out, position, expert_weights, num_shared_experts=config.num_shared_experts)
 
 
@@ -98,7 +107,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         self.gate = Router(config)
         self.experts = Experts(config, precision)
 
-    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, normed: Normed, num_tokens: ir.Value) -> ir.Value:
         """normed [T, H] → what the MLP adds to the residual [T, H]."""
-        ids, weights = self.gate(op, normed, num_tokens)
+        ids, weights = self.gate(op, normed.plain, num_tokens)
         return call(op, ALL_REDUCE, self.experts(op, normed, ids, weights))

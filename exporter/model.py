@@ -37,10 +37,9 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, config: ModelConfig, precision: Precision, index: int) -> None:
         super().__init__()
-        width, epsilon, dtype = config.hidden_size, config.rms_norm_eps, precision.activation
-        self.input_layernorm = ResidualNorm(width, epsilon, dtype)
+        self.input_layernorm = ResidualNorm(config, precision, precision.quantized)
         self.attention = Attention(config, precision)
-        self.post_attention_layernorm = ResidualNorm(width, epsilon, dtype)
+        self.post_attention_layernorm = ResidualNorm(config, precision, precision.quantized)
         self.mlp = SparseMLP(config, precision) if config.is_moe_layer(index) else DenseMLP(config, precision)
 
     def forward(
@@ -54,7 +53,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """residual, delta [T, H] → (residual, delta, pool)."""
         residual, normed = self.input_layernorm(op, residual, delta)
-        delta, pool = self.attention(op, normed, step, rope, pool)
+        delta, pool = self.attention(op, normed.for_matmul, step, rope, pool)
         residual, normed = self.post_attention_layernorm(op, residual, delta)
         return residual, self.mlp(op, normed, step.num_tokens), pool
 
@@ -66,7 +65,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         super().__init__("model")
         self.word_embeddings = Embedding(config, precision.activation)
         self.layers = nn.ModuleList([DecoderLayer(config, precision, i) for i in range(config.num_hidden_layers)])
-        self.norm = ResidualNorm(config.hidden_size, config.rms_norm_eps, precision.activation)
+        self.norm = ResidualNorm(config, precision, quantize=False)  # the head is not quantised
 
     def forward(
         self, op: OpBuilder, step: Step, rope: tuple[ir.Value, ir.Value], pools: Sequence[ir.Value]
@@ -81,7 +80,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         for value, name in zip(wanted, ("residual", "delta"), strict=True):
             value.name = f"wanted.{name}"
         _, normed = self.norm(op, *wanted)
-        return normed, written
+        return normed.plain, written
 
 
 class CausalLM(nn.Module):  # type: ignore[misc]

@@ -1,0 +1,31 @@
+"""NormQuantize: RMSNorm of the first residual stream, and its FP8 form for the matmul that follows."""
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from angelforge.plugins.fp8_body import BLOCK, quantize
+from angelforge.plugins.norm.operator import rms_norm
+from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
+
+
+def _body(
+    op: OpBuilder, hidden: ir.Value, weight: ir.Value, epsilon: AttributeRef
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    normed = rms_norm(op, hidden, weight, epsilon)
+    return normed, *quantize(op, normed)
+
+
+NORM_QUANTIZE = Operator(
+    name="NormQuantize",
+    doc="normed = RMSNorm(hidden) · weight, rounded to its type; quantized, scale = normed in e4m3 by groups of 128.",
+    inputs=(Port("hidden", "A", ("T", "H")), Port("weight", "W", ("H",))),
+    outputs=(
+        Port("normed", "A", ("T", "H")),
+        Port("quantized", "FLOAT8E4M3FN", ("T", "H")),
+        Port("scale", "FLOAT", ("T", "G")),
+    ),
+    attributes=(Attribute("epsilon", float, "added to the mean square"),),
+    types={"A": ("FLOAT", "BFLOAT16"), "W": ("FLOAT", "BFLOAT16")},
+    derive={"G": lambda d: (d["H"] + (BLOCK - 1)) // BLOCK},
+    body=_body,
+)

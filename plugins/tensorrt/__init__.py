@@ -1,0 +1,1 @@
+"""Turns any operator of the project into a TensorRT plugin."""
