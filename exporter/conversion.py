@@ -1,0 +1,67 @@
+"""Element conversions of weights, each rounded once, to nearest even.
+
+A new source format (quantising BF16 weights to FP8, for example) is one more function here and one more case in
+`exporter/copying.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from angelforge.dtypes import DType
+
+Array = npt.NDArray[Any]
+
+_FLOATS = frozenset({DType.F32, DType.F16, DType.BF16})
+_TARGETS = frozenset({DType.F32, DType.BF16})
+_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def convertible(source: DType, target: DType) -> bool:
+    """Whether weights stored as `source` can be written as `target` (F8_E4M3 takes its scales along)."""
+    return source is target or (target in _TARGETS and (source in _FLOATS or source is DType.F8_E4M3))
+
+
+def convert(values: Array, target: DType) -> Array:
+    """f16, bf16 or f32 `values` as f32 or bf16; every float fits f32 exactly, so bf16 is rounded once."""
+    return values.astype(np.float32, copy=False).astype(target.numpy, copy=False)
+
+
+def dequantize(codes: Array, scales: Array, target: DType) -> Array:
+    """weight = e4m3 · scale, rounded once to f32 or bf16.
+
+    `codes` uint8 [rows, columns] hold the e4m3 bits, `scales` f32 [rows, columns] the scale of each element. The
+    product of 4 and 24 significant bits is exact in f64.
+    """
+    exact = _E4M3_VALUES[codes]
+    exact *= scales
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float32)
+    if target is not DType.F32:
+        _leave_false_ties(rounded, exact)
+    return rounded.astype(target.numpy, copy=False)
+
+
+def first_overflow(before: Array, after: Array) -> int | None:
+    """The flat index of the first value that was finite `before` and is not `after`; None if there is none."""
+    finite = np.isfinite(after)
+    if finite.all():
+        return None
+    created = ~finite & np.isfinite(before)
+    return int(created.argmax()) if created.any() else None
+
+
+def _leave_false_ties(rounded: Array, exact: Array) -> None:
+    """Moves, in place, each f32 of `rounded` that lies half way between two bf16 while `exact` does not.
+
+    One step towards `exact` makes the second rounding go where a single one would. Everywhere else two roundings give
+    what one gives: rounding is monotonic and every midpoint of two bf16 is an f32.
+    """
+    bits = rounded.view(np.uint32).reshape(-1)
+    ties = np.flatnonzero(bits & np.uint32(0xFFFF) == 0x8000)
+    difference = np.abs(exact.reshape(-1)[ties]) - np.abs(rounded.reshape(-1)[ties].astype(np.float64))
+    bits[ties] += np.sign(difference).astype(np.int32).view(np.uint32)  # adding 2^32 - 1 steps down

@@ -1,0 +1,189 @@
+"""The bytes of a weight file as a stream: runs of source bytes as they are, or rows converted block by block.
+
+A run can fill any part of a buffer, so that the packer's memory depends on its buffers alone. Nothing is mapped: mapped
+pages would count as memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from angelforge.checkpoint import Checkpoint
+from angelforge.dtypes import DType
+from angelforge.errors import AngelForgeError
+from angelforge.exporter.conversion import convert, dequantize, first_overflow
+from angelforge.exporter.layout import SCALE, BundleTensor, Shard
+from angelforge.exporter.openfiles import OpenFiles
+from angelforge.exporter.pieces import Piece, RopeTable
+from angelforge.rope import rope_tables
+from angelforge.tensorfile import TensorInfo
+
+Array = npt.NDArray[Any]
+
+_BLOCK = 1 << 18  # elements converted at a time: all intermediate arrays stay in the cache
+
+
+class Run(Protocol):
+    """A stretch of a weight file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        ...
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Writes its bytes from `offset` on into all of `view`; both are whole elements."""
+        ...
+
+
+def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles) -> Iterator[Run]:
+    """The runs of a whole file in order; each is made when it is asked for."""
+    yield _Bytes(memoryview(shard.header))
+    for tensor in shard.tensors:
+        yield from _tensor_runs(tensor, checkpoint, files)
+
+
+def _tensor_runs(tensor: BundleTensor, checkpoint: Checkpoint, files: OpenFiles) -> Iterator[Run]:
+    if isinstance(tensor.source, RopeTable):
+        cos, sin = rope_tables(tensor.source.config, tensor.shape[0])
+        table = np.ascontiguousarray(cos if tensor.source.function == "cos" else sin)
+        yield _Bytes(memoryview(table.view(np.uint8).reshape(-1).data))
+    elif isinstance(tensor.source, tuple):
+        for piece in tensor.source:
+            yield _piece_run(piece, tensor.dtype, checkpoint, files)
+
+
+def _piece_run(piece: Piece, target: DType, checkpoint: Checkpoint, files: OpenFiles) -> Run:
+    info = checkpoint.tensors[piece.tensor]
+    if info.dtype is target and piece.columns is None:
+        row_bytes = info.shape[-1] * info.dtype.itemsize
+        skipped = 0 if piece.rows is None else piece.rows[0] * row_bytes
+        return _Copy(info, files, skipped, piece.size * info.dtype.itemsize)
+    if info.dtype is DType.F8_E4M3 and target is not DType.F8_E4M3:
+        quantization = checkpoint.config.quantization
+        assert quantization is not None  # see pack_checks
+        return _Rows(piece, info, target, files, checkpoint.tensors[piece.tensor + SCALE], quantization.block)
+    return _Rows(piece, info, target, files)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes that are in memory already."""
+
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        view[:] = self.data[offset : offset + len(view)]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Bytes of a source tensor as they are, after its first `skipped`."""
+
+    info: TensorInfo
+    files: OpenFiles
+    skipped: int
+    nbytes: int
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        self.files.read(self.info.path, view, self.info.offset + self.skipped + offset)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A rectangle of a source tensor, read row by row and converted to `target`."""
+
+    piece: Piece
+    info: TensorInfo
+    target: DType
+    files: OpenFiles
+    scale_info: TensorInfo | None = None
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.size * self.target.itemsize
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        left, right = self._columns
+        width, item = right - left, self.target.itemsize
+        if width == 0:
+            return
+        begin, end = offset // item, (offset + len(view)) // item  # elements of the rectangle
+        out = np.frombuffer(view, np.uint8)
+        step = max(1, _BLOCK // self.info.shape[-1])
+        for first in range(begin // width, -(-end // width), step):
+            last = min(first + step, -(-end // width))
+            rows = self._convert(first, last).view(np.uint8).reshape(-1)
+            skip, stop = max(begin - first * width, 0), min(end, last * width) - first * width
+            place = (first * width + skip - begin) * item
+            out[place : place + (stop - skip) * item] = rows[skip * item : stop * item]
+
+    @property
+    def _columns(self) -> tuple[int, int]:
+        return self.piece.columns or (0, self.info.shape[-1])
+
+    def _convert(self, first: int, last: int) -> Array:
+        """Rows `first` to `last` of the rectangle, contiguous, in the target type."""
+        top = 0 if self.piece.rows is None else self.piece.rows[0]
+        left, right = self._columns
+        values = self._read(top + first, top + last)[:, left:right]  # [rows, columns]
+        if self.scale_info is not None:
+            scales = self._element_scales(top + first, top + last, left, right)
+            result = dequantize(values.view(np.uint8), scales, self.target)
+        elif self.info.dtype is self.target:
+            return np.ascontiguousarray(values)
+        else:
+            result = convert(values, self.target)
+        self._refuse_overflow(values, result, top + first)
+        return np.ascontiguousarray(result)
+
+    def _read(self, first: int, last: int) -> Array:
+        width = self.info.shape[-1]
+        rows = np.empty((last - first, width), self.info.dtype.numpy)
+        start = self.info.offset + first * width * self.info.dtype.itemsize
+        self.files.read(self.info.path, rows.view(np.uint8).reshape(-1).data, start)
+        return rows
+
+    def _element_scales(self, first: int, last: int, left: int, right: int) -> Array:
+        """The scale of every element of a rectangle of the source, f32."""
+        rows = self._scales[np.arange(first, last) // self.block[0]]  # [rows, column blocks]
+        scales: Array = rows[:, np.arange(left, right) // self.block[1]]
+        return scales
+
+    @cached_property
+    def _scales(self) -> Array:
+        info = self.scale_info
+        assert info is not None
+        scales = np.empty(info.shape, np.float32)
+        self.files.read(info.path, scales.view(np.uint8).reshape(-1).data, info.offset)
+        if not np.isfinite(scales).all():
+            raise AngelForgeError(
+                f"{info.name} in {info.path} holds a scale that is infinite or not a number. "
+                "The checkpoint is damaged: fetch this file again."
+            )
+        return scales
+
+    def _refuse_overflow(self, before: Array, after: Array, first_row: int) -> None:
+        position = first_overflow(before, after)
+        if position is None:
+            return
+        row, column = divmod(position, after.shape[1])
+        value = before[row, column].astype(np.float64)
+        place = (
+            [column + self._columns[0]] if len(self.info.shape) == 1 else [row + first_row, column + self._columns[0]]
+        )
+        raise AngelForgeError(
+            f"{self.info.name} at {place} is {value:g}, which does not fit {self.target.value}. "
+            "Export with --precision fp32, or repair the checkpoint."
+        )

@@ -1,0 +1,134 @@
+"""Packs a checkpoint's weights into a bundle: streaming, resumable, with a memory bound that no model size changes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from angelforge.atomic import atomic_file, lock, remove_leftovers
+from angelforge.checkpoint import Checkpoint
+from angelforge.diskerrors import explained
+from angelforge.errors import AngelForgeError
+from angelforge.exporter.copying import shard_runs
+from angelforge.exporter.journal import Journal, PackedShard, origin_digest
+from angelforge.exporter.layout import Shard
+from angelforge.exporter.openfiles import OpenFiles
+from angelforge.exporter.pack_checks import check_sources, check_space
+from angelforge.exporter.shard_writer import Ring, make_ring, write_shard
+
+__all__ = ["PackedShard", "pack", "remove_stale"]
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_MOST_WORKERS = 4  # each reads, hashes and writes about 1.5 GB/s: more than disks take
+_TICK = 0.1  # seconds between two calls of the progress function
+
+
+def pack(
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    bundle_dir: Path,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> list[PackedShard]:
+    """Writes the weight files `shards` of a bundle from `checkpoint` and returns their records in the same order.
+
+    Each file appears whole or not at all, synced to the disk. A call after an interrupted one keeps the files that are
+    finished, unless sources or layout have changed since. `progress` is called in the caller's thread. `workers` files
+    are written at a time (as many as there are processors, at most 4); each takes 24 MB of buffers.
+
+    Raises AngelForgeError, before the first byte where that can be known: another process packs into this bundle, a
+    tensor is missing, misshapen or of a type that cannot be converted, too little space; later: a full disk, a source
+    that is unreadable, shortened or changed meanwhile, a value that its new type cannot hold.
+    """
+    weights = bundle_dir / "weights"
+    with explained("create", weights):
+        weights.mkdir(parents=True, exist_ok=True)
+    check_sources(checkpoint, shards)
+    count = workers or max(1, min(_MOST_WORKERS, os.cpu_count() or 1))
+    with lock(weights / ".lock"), OpenFiles() as files:
+        remove_leftovers(weights)
+        journal = Journal(bundle_dir)
+        origins = {shard.file: origin_digest(shard, checkpoint) for shard in shards}
+        done = {s.file: record for s in shards if (record := journal.finished(s, origins[s.file])) is not None}
+        missing = [shard for shard in shards if shard.file not in done]
+        check_space(missing, bundle_dir, count)
+        job = _Job(checkpoint, bundle_dir, journal, origins, files)
+        job.packed = sum(record.size for record in done.values())
+        done |= job.run(missing, count, sum(shard.size for shard in shards), progress)
+    return [done[shard.file] for shard in shards]
+
+
+def remove_stale(bundle_dir: Path, keep: Collection[str]) -> list[str]:
+    """Removes the weight files that earlier calls of `pack` left in a bundle and that are not in `keep`; returns them.
+
+    To be called when the files of `keep` are complete. Files that `pack` did not write are left alone.
+    """
+    weights = bundle_dir / "weights"
+    if not weights.is_dir():
+        return []
+    with lock(weights / ".lock"):
+        return Journal(bundle_dir).remove_all_but(keep)
+
+
+@dataclass
+class _Job:
+    checkpoint: Checkpoint
+    bundle_dir: Path
+    journal: Journal
+    origins: dict[str, str]
+    files: OpenFiles
+    packed: int = 0  # bytes
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _rings: list[Ring] = field(default_factory=list)
+
+    def run(
+        self, shards: Sequence[Shard], workers: int, total: int, progress: Progress | None
+    ) -> dict[str, PackedShard]:
+        """Packs all `shards`; the first failure stops the others and is raised."""
+        # The largest first: the workers then finish at about the same time.
+        queue = sorted(shards, key=lambda shard: -shard.size)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                futures = {shard.file: pool.submit(self._pack_one, shard) for shard in queue}
+                self._watch(list(futures.values()), total, progress)
+            finally:
+                self._stop.set()  # after success nobody looks at it any more
+                pool.shutdown(cancel_futures=True)
+        return {file: future.result() for file, future in futures.items()}
+
+    def _watch(self, futures: list[Future[PackedShard]], total: int, progress: Progress | None) -> None:
+        pending: set[Future[PackedShard]] = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=_TICK, return_when=FIRST_EXCEPTION)
+            if progress is not None:
+                progress(self.packed, total)
+            for future in done:
+                future.result()
+        if progress is not None:
+            progress(total, total)
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self.packed += count
+
+    def _pack_one(self, shard: Shard) -> PackedShard:
+        with self._lock:
+            ring = self._rings.pop() if self._rings else make_ring()
+        path = self.bundle_dir / shard.file
+        with atomic_file(path) as temporary:
+            runs = shard_runs(shard, self.checkpoint, self.files)
+            sha256 = write_shard(temporary, runs, ring, self._stop, self._advance)
+            if origin_digest(shard, self.checkpoint) != self.origins[shard.file]:
+                raise AngelForgeError(
+                    f"The checkpoint {self.checkpoint.folder} changed while {shard.file} was made of it. "
+                    "Repeat the export when nothing writes to the checkpoint any more."
+                )
+        with self._lock:
+            self._rings.append(ring)
+        return self.journal.add(shard, self.origins[shard.file], sha256)
