@@ -22,7 +22,9 @@ def locate(source: str | Path, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
     A Hub id that is no folder here is downloaded into the Hub's own cache, restricted to `files` (patterns). Raises
     AngelForgeError saying what to do when there is neither.
     """
-    path = Path(source).expanduser()
+    if not str(source):
+        raise AngelForgeError("There is no folder of an empty name. Give a checkpoint's folder or a Hub id.")
+    path = Path(source)
     with explained("read", path):
         if path.is_dir():
             return path
