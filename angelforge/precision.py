@@ -2,6 +2,7 @@
 
 import enum
 
+from angelforge.config import ModelConfig
 from angelforge.dtypes import DType
 
 
@@ -30,3 +31,10 @@ class Precision(enum.Enum):
     def quantized(self) -> bool:
         """Whether linears and experts carry block scales."""
         return self is Precision.FP8
+
+
+def natural_precision(config: ModelConfig) -> Precision:
+    """The precision that keeps a checkpoint's own numbers: FP8 as it is, f32 as f32, anything else as bf16."""
+    if config.quantization is not None:
+        return Precision.FP8
+    return Precision.FP32 if config.torch_dtype == "float32" else Precision.BF16

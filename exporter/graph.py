@@ -1,7 +1,6 @@
 """The ONNX graph of a model: built from its config alone, weights by reference to the bundle's files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
@@ -10,19 +9,11 @@ from angelforge import __version__
 from angelforge.config import ModelConfig
 from angelforge.exporter.model import CausalLM
 from angelforge.exporter.parts import onnx_type
+from angelforge.exporter.placement import Location
 from angelforge.exporter.step import Step
 from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET
 from angelforge.plugins.registry import functions_used
 from angelforge.precision import Precision
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a weight's bytes stand: a file relative to the bundle, offset and length in bytes."""
-
-    file: str
-    offset: int
-    length: int
 
 
 def build_graph(config: ModelConfig, precision: Precision, page_size: int, max_context: int) -> ir.Model:
