@@ -19,6 +19,7 @@ from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.layout import SCALE, Shard
 from angelforge.exporter.pieces import Piece
+from angelforge.manifest import FileRecord
 from angelforge.tensorfile import TensorInfo
 
 JOURNAL = "weights/.packed.json"
@@ -34,6 +35,11 @@ class PackedShard:
     size: int
     sha256: str
     header_sha256: str
+
+    @property
+    def record(self) -> FileRecord:
+        """What a bundle's manifest holds of it."""
+        return FileRecord(self.size, self.sha256, self.header_sha256)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from angelforge.atomic import atomic_file, lock, remove_leftovers
@@ -19,13 +19,13 @@ from angelforge.exporter.layout import Shard
 from angelforge.exporter.openfiles import OpenFiles
 from angelforge.exporter.pack_checks import check_sources, check_space
 from angelforge.exporter.shard_writer import Ring, make_ring, write_shard
+from angelforge.parallel import run_all
 
 __all__ = ["PackedShard", "pack", "remove_stale"]
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _MOST_WORKERS = 4  # each reads, hashes and writes about 1.5 GB/s: more than disks take
-_TICK = 0.1  # seconds between two calls of the progress function
 
 
 def pack(
@@ -93,25 +93,14 @@ class _Job:
         """Packs all `shards`; the first failure stops the others and is raised."""
         # The largest first: the workers then finish at about the same time.
         queue = sorted(shards, key=lambda shard: -shard.size)
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                futures = {shard.file: pool.submit(self._pack_one, shard) for shard in queue}
-                self._watch(list(futures.values()), total, progress)
-            finally:
-                self._stop.set()  # after success nobody looks at it any more
-                pool.shutdown(cancel_futures=True)
-        return {file: future.result() for file, future in futures.items()}
 
-    def _watch(self, futures: list[Future[PackedShard]], total: int, progress: Progress | None) -> None:
-        pending: set[Future[PackedShard]] = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=_TICK, return_when=FIRST_EXCEPTION)
+        def watch() -> None:
             if progress is not None:
                 progress(self.packed, total)
-            for future in done:
-                future.result()
-        if progress is not None:
-            progress(total, total)
+
+        records = run_all([partial(self._pack_one, shard) for shard in queue], workers, self._stop, watch)
+        watch()
+        return {record.file: record for record in records}
 
     def _advance(self, count: int) -> None:
         with self._lock:
