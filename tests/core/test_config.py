@@ -292,6 +292,28 @@ def test_a_saved_configuration_comes_back(config: ModelConfig) -> None:
     assert again.digest() == config.digest()
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([1e308, 2**70, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*YARN, *FP8, "a"]), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [*FULL_CONFIG, "rotary_dim", "rope_parameters", "quantization_config", "sliding_window", "dtype", "unknown"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3), JSON)
+def test_any_json_gives_a_configuration_or_a_message(changes: dict[str, Any], generation: Any) -> None:
+    """Never another kind of error, whatever a file holds."""
+    raw = {**FULL_CONFIG, **changes}
+    try:
+        config = ModelConfig.from_dict(
+            raw, generation if isinstance(generation, dict) else {"eos_token_id": generation}
+        )
+    except AngelForgeError as error:
+        assert str(error)
+    else:
+        assert ModelConfig.from_saved(config.to_dict()) == config
+
+
 def test_the_digest_is_that_of_the_model() -> None:
     """Any field but the notes changes it."""
     config = full()

@@ -1,0 +1,143 @@
+"""`angelforge plan`: from the command line, on real shapes without a byte of weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from click.testing import CliRunner, Result
+
+from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint
+from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.tools.cli import main
+
+
+def run(*arguments: object) -> Result:
+    """`angelforge plan` with these arguments."""
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """The FP8 model's folder with nothing but its configuration."""
+    (tmp_path / "config.json").write_text(json.dumps({**FULL_CONFIG, "quantization_config": FP8_BLOCK}))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with weights."""
+    return write_checkpoint(tmp_path_factory.mktemp("small"), small_config(), tokenizer=False)
+
+
+def test_what_does_not_fit_comes_with_remedies(full: Path) -> None:
+    """The FP8 model on one 96 GB H20: figures, and options that help."""
+    result = run(full, "--target", "h20")
+    assert result.exit_code == 0
+    for text in ("104.3 GB", "102.6 GB", "It does not fit", "--tensor-parallel 2", "--target h200", "no weights are"):
+        assert text in result.output
+
+
+def test_what_fits(full: Path) -> None:
+    """Two H20 with 128K: split weights, sequences, limits, and the note on YaRN."""
+    result = run(full, "--target", "h20", "--tensor-parallel", 2, "--rope-scaling", "yarn:4")
+    assert result.exit_code == 0
+    for text in ("2 × h20", "It fits", "on every device", "short prompts", "131,072"):
+        assert text in result.output
+
+
+def test_all_targets_are_compared(full: Path) -> None:
+    """Without --target: a row each; several devices leave the CPU out."""
+    output = run(full).output
+    assert [name for name in ("cpu", "h20-141g", "rtx5090") if name not in output] == []
+    plans = json.loads(run(full, "--tensor-parallel", 2, "--json").output)["plans"]
+    assert {p["target"] for p in plans} >= {"h20", "h200"}
+    assert "cpu" not in {p["target"] for p in plans}
+
+
+def test_json(full: Path) -> None:
+    """The model and a list of plans."""
+    result = json.loads(run(full, "--target", "h200", "--json").output)
+    assert result["model"]["config"]["hidden_size"] == 4096
+    assert result["model"]["parameters"] == pytest.approx(103e9, rel=0.01)
+    assert [(p["target"], p["fits"], p["precision"]) for p in result["plans"]] == [("h200", True, "fp8")]
+
+
+def test_headers_are_checked(small: Path, tmp_path: Path) -> None:
+    """A folder with weights is compared with its configuration; --layers cuts it."""
+    found = json.loads(run(small, "--target", "cpu", "--json").output)
+    assert found["model"]["tensors"] > 100
+    assert found["plans"][0]["fits"]
+    cut = json.loads(run(small, "--target", "cpu", "--json", "--layers", 1).output)
+    assert cut["model"]["tensors"] < found["model"]["tensors"] / 2
+    assert any("first 1 of 4" in note for note in cut["model"]["notes"])
+    for file in small.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(small_config(num_experts=32)))
+    result = run(tmp_path, "--target", "cpu")
+    assert result.exit_code == 1
+    assert "missing" in result.output
+
+
+@pytest.mark.parametrize(("torch_dtype", "precision"), [("bfloat16", "bf16"), ("float32", "fp32"), ("float16", "bf16")])
+def test_the_checkpoints_own_precision_is_the_default(tmp_path: Path, torch_dtype: str, precision: str) -> None:
+    """And --precision overrides it."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small_config(torch_dtype=torch_dtype)))
+    assert json.loads(run(file, "--target", "h20", "--json").output)["plans"][0]["precision"] == precision
+    other = run(file, "--target", "h20", "--json", "--precision", "fp32").output
+    assert json.loads(other)["plans"][0]["precision"] == "fp32"
+
+
+def test_of_a_hub_id_only_the_configuration_is_downloaded(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No 104 GB for a plan."""
+    asked: list[str] = []
+
+    def download(_: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(full)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert run("org/name", "--target", "h200").exit_code == 0
+    assert asked == ["config.json", "generation_config.json"]
+
+
+WRONG: list[tuple[list[Any], int, str]] = [
+    (["--target", "h21"], 2, "h20-141g"),
+    (["--target", "h20", "--tensor-parallel", 3], 2, "Possible: 1, 2, 4"),
+    (["--target", "h20", "--max-context", 100000], 2, "--rope-scaling yarn:4"),
+    (["--target", "h20", "--max-context", 0], 2, "max_context"),
+    (["--target", "h20", "--memory-gb", -1], 2, "--memory-gb"),
+    (["--target", "h20", "--memory-gb", "nan"], 2, "--memory-gb"),
+    (["--rope-scaling", "linear:2"], 2, "yarn:4"),
+    (["--layers", 99], 2, "32"),
+    (["--precision", "int4"], 2, "int4"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "told"), WRONG)
+def test_wrong_use_is_told_in_a_sentence(full: Path, options: list[Any], code: int, told: str) -> None:
+    """Exit code 2 and no traceback."""
+    result = run(full, *options)
+    assert (result.exit_code, told in result.output, "Traceback" in result.output) == (code, True, False)
+
+
+def test_absent_checkpoints_fail(tmp_path: Path) -> None:
+    """Exit code 1, also as JSON."""
+    result = run(tmp_path / "absent", "--json")
+    assert result.exit_code == 1
+    assert "There is no folder" in result.output
+
+
+def test_memory_can_be_given(full: Path) -> None:
+    """For machines that are no row of the table."""
+    result = json.loads(run(full, "--target", "cpu", "--memory-gb", 200, "--json").output)
+    assert result["plans"][0]["memory"] == 200 * 10**9
+    assert result["plans"][0]["fits"]
+
+
+def test_help_has_an_example() -> None:
+    """As every command."""
+    assert "angelforge plan AntAngelMed-FP8 --target h20" in run("--help").output
