@@ -18,7 +18,7 @@ def run_all(
     """The results of `tasks` in their order, `workers` at a time.
 
     `watch` is called every 0.1 s in the caller's thread. The first exception of a task or of `watch` sets `stop`, which
-    long tasks look at, cancels those that wait, and is raised when all have ended. At the end `stop` is set in any case.
+    long tasks look at, cancels those that wait, and is raised when all have ended. `stop` is always set at the end.
     """
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -105,7 +105,7 @@ def _write_random_checkpoint(folder: Path, nbytes: int) -> int:
     random = np.random.default_rng(0)
     with explained("write", folder):
         folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts):
         file = folder / f"model-{number + 1:05d}-of-{_FILES:05d}.safetensors"
         weight_map |= dict.fromkeys(part, file.name)
