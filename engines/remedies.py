@@ -36,7 +36,7 @@ def _changes(request: PlanRequest) -> list[list[dict[str, Any]]]:
 
     groups = [splits(request.precision)]
     if request.precision is not Precision.FP8:
-        same = [{}] if can_split(request.config, request.tensor_parallel, Precision.FP8) else []
+        same: list[dict[str, Any]] = [{}] if can_split(request.config, request.tensor_parallel, Precision.FP8) else []
         groups.append([{"precision": Precision.FP8, **split} for split in (*same, *splits(Precision.FP8))])
     if request.memory_bytes is None:  # otherwise a memory of one's own was asked about
         others = [t for t in TARGETS.values() if t.backend == request.target.backend and t != request.target]
