@@ -55,18 +55,19 @@ def format_seconds(seconds: float) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """Show the progress of long work; yields `advance(n)`, to be called with the units done since the last call.
+def total_progress(description: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of long work; yields `report(done, total)`, both counted from the beginning of the work.
 
-    On a terminal a bar with rate and time left, elsewhere a line every ten seconds; always on standard error, so that
-    the output stays clean. `unit` is "B" for bytes or the plural of what is counted ("tokens").
+    What the first report calls done (work that an earlier call did) does not count for the rate. On a terminal a bar
+    with rate and time left, elsewhere a line every ten seconds; always on standard error, so that the output stays
+    clean. `unit` is "B" for bytes or the plural of what is counted ("tokens").
     """
-    with _bar(description, total, unit) if sys.stderr.isatty() else _lines(description, total, unit) as advance:
-        yield advance
+    with _bar(description, unit) if sys.stderr.isatty() else _lines(description, unit) as report:
+        yield report
 
 
 @contextmanager
-def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -81,28 +82,33 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], No
     amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(unit)]
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=total)
-        yield lambda count: bars.advance(task, count)
+
+        def report(done: int, total: int) -> None:
+            if not bars.task_ids:
+                bars.add_task(description, total=total, completed=done)
+            bars.update(bars.task_ids[0], completed=done, total=total)
+
+        yield report
 
 
 @contextmanager
-def _lines(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _lines(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     begin = last = monotonic()
-    done = 0
+    before: int | None = None
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
+    def report(done: int, total: int) -> None:
+        nonlocal before, last
+        before = done if before is None else before
         now = monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            click.echo(f"{description}: {_state(done, total, unit, now - begin)}", err=True)
+            rate = (done - before) / (now - begin)
+            click.echo(f"{description}: {_state(done, total, unit, rate)}", err=True)
 
-    yield advance
+    yield report
 
 
-def _state(done: int, total: int, unit: str, seconds: float) -> str:
+def _state(done: int, total: int, unit: str, rate: float) -> str:
     amount: Callable[[float], str] = format_bytes if unit == "B" else lambda count: f"{count:.3g} {unit}"
-    rate = done / seconds
-    left = f", {format_seconds((total - done) / rate)} left" if rate > 0 and total >= done else ""
+    left = f", {format_seconds((total - done) / rate)} left" if rate > 0 else ""
     return f"{100 * done / max(total, 1):.0f} % ({amount(done)} of {amount(total)}, {amount(rate)}/s{left})"

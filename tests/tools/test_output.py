@@ -49,18 +49,28 @@ def test_json_keeps_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where standard error is no terminal: a line every ten seconds with share, rate and time left."""
+    """Where standard error is no terminal: a line every ten seconds with share, rate and time left.
+
+    What was done before the work began does not make it look faster.
+    """
     clock = iter(range(0, 1000, 5))
     monkeypatch.setattr(output, "monotonic", lambda: float(next(clock)))
-    with output.progress("packing", total=100_000) as advance:
-        for _ in range(4):
-            advance(10_000)
+    with output.total_progress("packing") as report:
+        for done in range(20_000, 60_000, 10_000):
+            report(done, 100_000)
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.splitlines() == [
-        "packing: 20 % (20 kB of 100 kB, 2 kB/s, 40 s left)",
-        "packing: 40 % (40 kB of 100 kB, 2 kB/s, 30 s left)",
+        "packing: 30 % (30 kB of 100 kB, 1 kB/s, 1 min 10 s left)",
+        "packing: 50 % (50 kB of 100 kB, 1.5 kB/s, 33 s left)",
     ]
+
+
+def test_short_work_says_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.total_progress("packing", unit="tokens") as report:
+        report(0, 0)
+        report(5, 5)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("unit", ["B", "tokens"])
@@ -69,8 +79,8 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, unit: str) -> N
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    with output.progress("packing", total=3, unit=unit) as advance:
-        for _ in range(3):
-            advance(1)
+    with output.total_progress("packing", unit) as report:
+        for done in (1, 2, 3):
+            report(done, 3)
     assert "packing" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
