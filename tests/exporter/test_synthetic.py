@@ -11,8 +11,6 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reference import load_reference, rms_norm
-from support.safetensors_plain import read_safetensors
 from tokenizers import Tokenizer
 
 from angelforge.checkpoint import Checkpoint
@@ -21,6 +19,8 @@ from angelforge.errors import AngelForgeError, UsageError
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint, write_sparse_checkpoint
 from angelforge.exporter.synthetic_tokenizer import SPECIAL_TOKENS
 from angelforge.exporter.synthetic_values import quantise_blocks
+from angelforge.runtime.validate.plain_checkpoint import read_safetensors
+from angelforge.runtime.validate.reference import load_reference, rms_norm
 
 SMALL = small_config(num_hidden_layers=2, num_experts=8)
 

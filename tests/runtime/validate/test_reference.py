@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from angelforge import rope
 from angelforge.config import ModelConfig
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint
-from support.reference import (
+from angelforge.runtime.validate.plain_checkpoint import dequantise
+from angelforge.runtime.validate.reference import (
     Reference,
     attention_factor,
     causal_attention,
@@ -21,7 +22,6 @@ from support.reference import (
     rotate,
     route,
 )
-from support.safetensors_plain import dequantise
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 IDS = np.random.default_rng(5).integers(0, 1024, 40)

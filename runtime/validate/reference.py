@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from support.safetensors_plain import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
 
 Array = NDArray[Any]
 

@@ -1,0 +1,1 @@
+"""Checks of what was compiled against what the model is."""

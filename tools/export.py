@@ -1,0 +1,76 @@
+"""`angelforge export`: a Hugging Face checkpoint becomes a bundle."""
+
+from pathlib import Path
+
+import click
+
+from angelforge.bundle import Bundle
+from angelforge.precision import Precision
+from angelforge.tools.options import json_option
+from angelforge.tools.output import format_bytes, print_json, total_progress
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--precision", type=click.Choice([p.value for p in Precision]), help="Default: the checkpoint's own.")
+@click.option("--rope-scaling", metavar="yarn:FACTOR", help="Stretch the context with YaRN, for example yarn:4.")
+@click.option("--max-context", type=int, help="Positions of the longest sequence. Default: all the model covers.")
+@click.option("--layers", type=int, help="Only the first N layers, to compare a real checkpoint on a small machine.")
+@click.option("--graph-only", is_flag=True, help="Write graph and manifest from config.json alone, no weights.")
+@json_option
+def export(
+    checkpoint: str,
+    bundle: Path,
+    precision: str | None,
+    rope_scaling: str | None,
+    max_context: int | None,
+    layers: int | None,
+    graph_only: bool,
+    as_json: bool,
+) -> None:
+    """Turn a Hugging Face checkpoint into a bundle: the ONNX graph, kernel-ready weights, tokenizer.
+
+    CHECKPOINT is a folder or a Hub id. Memory stays below 1 GB whatever the size of the model. If the export is
+    interrupted, the same command goes on where it was.
+
+    \b
+    Example:
+      angelforge export AntAngelMed-FP8 bundle --rope-scaling yarn:4
+    """
+    from angelforge.exporter.export import ExportOptions
+    from angelforge.exporter.export import export as run_export
+
+    options = ExportOptions(
+        precision=Precision(precision) if precision else None,
+        rope_scaling=rope_scaling,
+        max_context=max_context,
+        layers=layers,
+        graph_only=graph_only,
+    )
+    with total_progress("packing") as progress:
+        result = run_export(checkpoint, bundle, options, progress)
+    for note in result.manifest.model.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        print_json(_facts(result))
+        return
+    facts = _facts(result)
+    click.echo(
+        f"{result.folder}: {facts['layers']} layers in {facts['precision']}, {facts['max_context']} positions, "
+        f"weights {format_bytes(facts['weight_bytes']) if facts['weight_bytes'] else 'absent'}"
+    )
+    click.echo(f"Next: angelforge build {result.folder} --target cpu")
+
+
+def _facts(bundle: Bundle) -> dict[str, object]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.folder),
+        "layers": manifest.model.num_hidden_layers,
+        "precision": manifest.precision.value,
+        "max_context": manifest.max_context,
+        "rope": manifest.rope,
+        "weight_bytes": sum(record.size for name, record in manifest.files.items() if name.startswith("weights/")),
+        "notes": list(manifest.model.notes),
+    }
