@@ -14,7 +14,7 @@ from angelforge.tools.finding import Finding
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
 
-COLOURS = {"ok": "green", "missing": "yellow", "problem": "red"}
+LABELS = {"ok": ("ok", "green"), "missing": ("gap", "yellow"), "problem": ("problem", "red")}
 
 
 def examine(folder: Path) -> list[Finding]:
@@ -77,8 +77,8 @@ def doctor(folder: Path, as_json: bool) -> None:
 def _print(findings: Sequence[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        status = click.style(f"{finding.status:8}", fg=COLOURS[finding.status])
-        click.echo(f"{status} {finding.name:{width}}  {finding.found}")
-        for label, text in (("prevents", finding.prevents), ("fix", finding.fix)):
+        label, colour = LABELS[finding.status]
+        click.echo(f"{click.style(f'{label:8}', fg=colour)} {finding.name:{width}}  {finding.found}")
+        for what, text in (("prevents", finding.prevents), ("fix", finding.fix)):
             if text:
-                click.echo(f"{'':{width + 11}}{label}: {text}")
+                click.echo(f"{'':{width + 11}}{what}: {text}")
