@@ -101,13 +101,13 @@ def encode_header(
     """The header of a file that holds `tensors` in this order, back to back.
 
     Returns 8 bytes of length and the JSON, space padded so that the data begins at a multiple of `align` bytes.
-    Raises AngelForgeError for a name given twice.
+    Raises AngelForgeError for a name given twice or reserved by the format.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, dtype, shape in tensors:
         if name in entries or name == "__metadata__":
-            raise AngelForgeError(f"Tensor name {name!r} cannot be used twice in one file; each needs its own.")
+            raise AngelForgeError(f"Tensor name {name!r} is reserved or used twice in one file; each needs its own.")
         end = begin + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": dtype.value, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
