@@ -2,7 +2,8 @@
 
 A kernel's parameters are, in this order: one pointer per input, the `extras` as int32, one pointer per output (an
 aliased output has its input's address), then constants. TensorRT's ahead-of-time plugins pass arguments in the same
-order. A grid depends on shapes and the GPU only.
+order. A grid depends on shapes and the GPU only. Pointers are aligned to 16 bytes; extras are named in the function's
+`do_not_specialize`, so that a kernel compiled at a call is the kernel compiled ahead of time.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +42,8 @@ class Tile:
 class Kernel:
     """A Triton function and how it is launched for given shapes.
 
-    `dims` in the rules are the operator's symbols (`Operator.bind` and `Operator.derive`) with attributes beside them.
+    `dims` in the rules are `Binding.dims`: the operator's symbols with attributes beside them; `types` are
+    `Binding.types`: every port's element type by the port's name.
     Sizes that weights or attributes fix are integers; those that a step decides (T, N, B, P, pages, …) are named in
     `extras`, may be symbolic expressions in `grid`, and must not appear in `constants`.
     """

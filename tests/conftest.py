@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Triton decides when a kernel is imported whether it is interpreted: all of this process's are, and what needs compiled
+# kernels runs in a process of its own (support/compiled.py).
+os.environ["TRITON_INTERPRET"] = "1"
+
 # The same examples in every run of `make test`, so that it never fails by chance; `make test-full` looks for new ones.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("full", deadline=None, max_examples=1000)

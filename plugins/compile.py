@@ -1,0 +1,132 @@
+"""Compiles a kernel for a GPU that need not be there, and counts what the machine code does.
+
+Kernels must have been imported without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from angelforge.errors import AngelForgeError
+from angelforge.plugins.binding import Binding
+from angelforge.plugins.kernel import Kernel, Tile
+
+TRITON_TYPES: dict[ir.DataType, str] = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT8E4M3FN: "fp8e4nv",
+    ir.DataType.INT64: "i64",
+    ir.DataType.INT32: "i32",
+    ir.DataType.BOOL: "i1",
+}
+ALIGNMENT = 16  # bytes, of every pointer
+
+# What is counted in PTX and in SASS, by a regular expression for each instruction.
+_PTX = {
+    "wgmma e4m3": r"wgmma\.mma_async\S*\.e4m3\.e4m3",
+    "wgmma bf16": r"wgmma\.mma_async\S*\.bf16\.bf16",
+    "mma.sync f16": r"mma\.sync\S*\.f16",
+    "mma.sync bf16": r"mma\.sync\S*\.bf16",
+    "mma.sync tf32": r"mma\.sync\S*\.tf32",
+    "fp8 to f16": r"cvt\.\S*f16x2\.e4m3x2",
+    "f32 to fp8": r"cvt\.\S*e4m3x2\.f32",
+    "16-byte loads": r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10\b|cp\.async\.bulk",
+    "ieee divisions": r"div\.rn\.f32",
+}
+_SASS = {"local loads": r"\bLDL\b", "local stores": r"\bSTL\b"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel and what is known of it without running it."""
+
+    entry: str  # name of the function in PTX and cubin
+    ptx: str
+    cubin: bytes
+    warps: int
+    shared: int  # bytes of shared memory a block
+    scratch: int  # bytes of Triton's scratch buffers: 0 unless a kernel needs one
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    counts: Mapping[str, int]  # instructions, as they stand in the code (not as often as they run)
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of registers that found no place."""
+        return self.counts["local loads"] + self.counts["local stores"]
+
+
+def compile_kernel(kernel: Kernel, binding: Binding, tile: Tile, architecture: str = "sm_90") -> Compiled:
+    """Compiles one tile of a kernel for one set of weight sizes and types.
+
+    Raises:
+        AngelForgeError: the kernel was imported for Triton's interpreter.
+    """
+    if not isinstance(kernel.function, triton.JITFunction):
+        raise AngelForgeError(
+            f"The kernel of {kernel.operator.name} was imported for Triton's interpreter and cannot be compiled; "
+            "start Python without TRITON_INTERPRET."
+        )
+    constants = kernel.constants(binding.dims, binding.types, tile)
+    signature, aligned = _signature(kernel, binding, constants)
+    compiled: Any = triton.compile(
+        ASTSource(kernel.function, signature, constants, aligned),
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    dump = _dump(cubin)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    if usage is None:
+        raise AngelForgeError(f"cuobjdump reports no resource usage for {kernel.operator.name}: {dump[:200]!r}.")
+    metadata = compiled.metadata
+    return Compiled(
+        entry=metadata.name,
+        ptx=ptx,
+        cubin=cubin,
+        warps=tile.warps,
+        shared=metadata.shared,
+        scratch=metadata.global_scratch_size + metadata.profile_scratch_size,
+        registers=int(usage[1]),
+        stack=int(usage[2]),
+        counts={
+            **{name: len(re.findall(pattern, ptx)) for name, pattern in _PTX.items()},
+            **{name: len(re.findall(pattern, dump)) for name, pattern in _SASS.items()},
+        },
+    )
+
+
+def _signature(
+    kernel: Kernel, binding: Binding, constants: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
+    """Triton's types of all parameters in order, and the alignment of the pointers by position."""
+    inputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.inputs]
+    outputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.outputs]
+    types = [*inputs, *("i32" for _ in kernel.extras), *outputs, *("constexpr" for _ in constants)]
+    names = kernel.function.arg_names
+    if sorted(names[len(types) - len(constants) :]) != sorted(constants) or len(names) != len(types):
+        raise ValueError(
+            f"{kernel.operator.name}: parameters {names} are not inputs, extras, outputs, {list(constants)}"
+        )
+    aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")}
+    return dict(zip(names, types, strict=True)), aligned
+
+
+def _dump(cubin: bytes) -> str:
+    """Resource usage and SASS, by the tools that Triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        result = subprocess.run([tool, "-res-usage", "-sass", file], capture_output=True, text=True, check=True)
+        return result.stdout + result.stderr

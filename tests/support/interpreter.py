@@ -1,0 +1,141 @@
+"""Runs kernels in Triton's interpreter: with exact float conversions, on checked memory.
+
+Triton's own conversions are wrong (3.6 to 3.8: f32 → bf16 truncates; f32 → e4m3 loses the carry and does not
+saturate). A GPU rounds to nearest even and saturates e4m3 to ±448, and so do these. Its dot multiplies the bits of
+bf16 values as integers; here it multiplies their values in f32.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from angelforge.plugins.kernel import Gpu, Kernel, Tile
+from angelforge.plugins.run_kernel import allocate, bind_tensors, launch
+
+H20 = Gpu("sm_90", 78)
+FEW_SMS = Gpu("sm_90", 3)  # persistent kernels take several turns even on small shapes
+
+_NUMPY = {
+    tl.float64: np.dtype(np.float64),
+    tl.float32: np.dtype(np.float32),
+    tl.float16: np.dtype(np.float16),
+    tl.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn),
+    tl.float8e5: np.dtype(ml_dtypes.float8_e5m2),
+}
+_SATURATING = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
+
+
+def convert_float(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:
+    """Bits of `values` (typed or as bits) in the type `target`: rounded to nearest even, FP8 saturated, NaN kept."""
+    if rounding_mode not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
+        raise NotImplementedError(f"rounding mode {rounding_mode}")
+    wide = np.ascontiguousarray(values).view(_NUMPY[source]).astype(np.float64 if source == tl.float64 else np.float32)
+    if target in _SATURATING:
+        wide = np.clip(wide, -_SATURATING[target], _SATURATING[target])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return wide.astype(_NUMPY[target]).view(f"u{_NUMPY[target].itemsize}").reshape(np.shape(values))
+
+
+def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """a · b + d in the accumulator's type; narrow operands are widened exactly."""
+    left, right = (
+        np.asarray(x.data).view(_NUMPY.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
+    )
+    return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
+
+
+class OutOfBoundsError(AssertionError):
+    """A kernel touched memory that is not its own."""
+
+
+def _check(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, int]], what: str) -> None:
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    used = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))[
+        np.broadcast_to(mask, np.broadcast_shapes(pointers.data.shape, mask.shape))
+    ].astype(np.uint64)
+    inside = np.zeros(used.shape, bool)
+    for start, end in regions:
+        inside |= (used >= start) & (used + size <= end)
+    if not inside.all():
+        raise OutOfBoundsError(f"{what} of {int((~inside).sum())} elements outside every tensor")
+
+
+@contextmanager
+def exact_interpreter(readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within it, conversions are exact, and a kernel may touch these tensors only (raises OutOfBoundsError)."""
+
+    def regions(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+
+    read, write = regions([*readable, *writable]), regions(writable)
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        _check(pointers, mask.data, read, "read")
+        return load(self, pointers, mask, *rest, **named)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        _check(pointers, mask.data, write, "write")
+        return store(self, pointers, value, mask, *rest, **named)
+
+    with (
+        mock.patch.object(interpreter, "_convert_float", convert_float),
+        mock.patch.object(builder, "create_dot", dot),
+        mock.patch.object(builder, "create_masked_load", checked_load),
+        mock.patch.object(builder, "create_masked_store", checked_store),
+        np.errstate(all="ignore"),
+    ):
+        yield
+
+
+def run_interpreted(
+    kernel: Kernel,
+    inputs: Sequence[torch.Tensor],
+    attributes: Mapping[str, int | float],
+    *,
+    gpu: Gpu = H20,
+    tile: Tile | None = None,
+    profile_tokens: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`run_kernel.run` on CPU tensors, every access checked; outputs start as NaN (−1 for integers)."""
+    binding = bind_tensors(kernel, inputs, attributes)
+    outputs = allocate(kernel, inputs, binding)
+    aliased = kernel.operator.aliases
+    for port, tensor in zip(kernel.operator.outputs, outputs, strict=True):
+        if port.name not in aliased:
+            tensor.view(torch.uint8).fill_(0xFF)
+    if tile is None:
+        tile = kernel.tile(binding.dims, binding.dims.get("T", 1) if profile_tokens is None else profile_tokens)
+    with exact_interpreter(inputs, outputs):
+        launch(kernel, inputs, outputs, binding, gpu, tile)
+    return outputs
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor with the array's values and type, bf16 and FP8 included; memory is not shared."""
+    special = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16, np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn}
+    array = np.array(array, order="C")
+    if array.dtype not in special:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"i{array.itemsize}" if array.itemsize > 1 else "u1")).view(special[array.dtype])
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """An array with the tensor's values and type, as ml_dtypes for bf16 and FP8."""
+    special: dict[torch.dtype, tuple[torch.dtype, Any]] = {
+        torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+        torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    }
+    if tensor.dtype not in special:
+        return tensor.numpy()
+    bits, dtype = special[tensor.dtype]
+    return tensor.view(bits).numpy().view(dtype)
