@@ -1,6 +1,7 @@
 """`angelforge export`: a Hugging Face checkpoint becomes a bundle."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -63,7 +64,7 @@ def export(
     click.echo(f"Next: angelforge build {result.folder} --target cpu")
 
 
-def _facts(bundle: Bundle) -> dict[str, object]:
+def _facts(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "bundle": str(bundle.folder),
