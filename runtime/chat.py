@@ -34,8 +34,8 @@ _TEMPLATE_FAULTS = (
 class ChatTemplate:
     """A Jinja chat template as Hugging Face checkpoints carry it, with the surroundings that Transformers gives it.
 
-    It sees `messages`, `add_generation_prompt`, `tools`, `documents` and the special tokens (`bos_token`, …); the sandbox
-    keeps it from attributes and methods that reach further or change its input.
+    It sees `messages`, `add_generation_prompt`, `tools`, `documents` and the special tokens (`bos_token`, …); the
+    sandbox keeps it from attributes and methods that reach further or change its input.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str = "the chat template") -> None:
@@ -97,7 +97,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}` marks what an assistant wrote, for training; here it changes nothing."""
+    """`{% generation %}` … `{% endgeneration %}`: marks an assistant's words for training, and changes nothing here."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
 
@@ -133,7 +133,7 @@ def _checked(index: int, message: Message) -> dict[str, Any]:
         raise UsageError(f"Message {index} of the chat is a {type(message).__name__}, but an object was expected.")
     if not isinstance(message.get("role"), str) or "content" not in message:
         raise UsageError(
-            f"Message {index} of the chat has the keys {sorted(map(str, message))}, but needs a text `role` and a `content`."
+            f"Message {index} of the chat needs a text `role` and a `content`; it has {sorted(map(str, message))}."
         )
     return dict(message)
 

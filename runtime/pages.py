@@ -60,4 +60,3 @@ class Lease:
         self._pool._free.extend(self.pages[: self.count].tolist())
         self._pool.promised -= self.limit
         self.limit = self.count = 0
-        self.pages = self.pages[:0]

@@ -31,8 +31,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, 
         )
     if ids.shape[0] > max_context:
         raise UsageError(
-            f"The prompt has {ids.shape[0]} tokens, but the context is {max_context}. Shorten it, or export with a larger "
-            "--max-context if the model allows it."
+            f"The prompt has {ids.shape[0]} tokens, but the context is {max_context}. Shorten it, or export with a "
+            "larger --max-context if the model allows it."
         )
     return ids
 
@@ -41,11 +41,14 @@ def _ids(prompt: Sequence[int]) -> Int64:
     if isinstance(prompt, np.ndarray):
         fits = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
     else:
-        # type(): True is an int for isinstance; NumPy's scalars are fine
-        fits = isinstance(prompt, (list, tuple)) and all(type(id) is int or isinstance(id, np.integer) for id in prompt)
+        fits = isinstance(prompt, (list, tuple)) and all(map(_is_integer, prompt))
     if not fits:
         raise UsageError(f"A prompt is a {type(prompt).__name__}, but a text or a list of token ids was expected.")
     try:
         return np.array(prompt, np.int64)
     except OverflowError:
         raise UsageError("The prompt has a token id of more than 64 bits, which no vocabulary has.") from None
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int or isinstance(value, np.integer)  # type(): True is an int for isinstance

@@ -15,7 +15,7 @@ from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.pages import Lease
 from angelforge.runtime.sampling import SamplingParams
 
-#: stop: an end token or stop string came. length: max_tokens or the end of the context. error: see `RequestOutput.error`.
+#: stop: an end token or stop string came; length: max_tokens or the end of the context; error: `RequestOutput.error`.
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
@@ -60,9 +60,9 @@ class Delta:
 class Request:
     """The state of one prompt from its submission to its end.
 
-    `tokens[:length]` are the known tokens (prompt and output), `tokens[:computed]` those in the KV cache: a step computes
-    some of the others, and one that reaches `length` yields the next token. That is all there is to prefill, chunked
-    prefill and decode. What is new for the caller goes to `outbox`; the last delta has the output.
+    `tokens[:length]` are the known tokens (prompt and output), `tokens[:computed]` those in the KV cache: a step
+    computes some of the others, and one that reaches `length` yields the next token. That is all there is to prefill,
+    chunked prefill and decode. What is new for the caller goes to `outbox`; the last delta has the output.
     """
 
     def __init__(

@@ -43,6 +43,6 @@ def _draw(logits: Float32, request: Drawing) -> int:
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
     sums = np.cumsum(probabilities)
-    # Below the last sum even after rounding, so that the search ends at a token with a probability above zero.
-    point = min(request.rng.random() * sums[-1], np.nextafter(sums[-1], 0.0))
-    return int(ids[np.searchsorted(sums, point, side="right")])
+    # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded, and the search ends at a
+    # token with a probability above zero.
+    return int(ids[np.searchsorted(sums, request.rng.random() * sums[-1], side="right")])

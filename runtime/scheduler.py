@@ -39,8 +39,8 @@ class Scheduler:
         if self.limits.pages_for(tokens) > self.pool.capacity:
             raise UsageError(
                 f"The prompt has {request.prompt_length} tokens and up to {request.max_length - request.prompt_length} "
-                f"are to follow, but the KV cache holds {self.limits.cache_tokens} tokens. Ask for fewer tokens, or give "
-                "the cache more memory."
+                f"are to follow, but the KV cache holds {self.limits.cache_tokens} tokens. Ask for fewer tokens, or "
+                "give the cache more memory."
             )
         self.waiting.append(request)
 

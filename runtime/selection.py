@@ -13,8 +13,8 @@ def top_ids(values: Float32, count: int) -> Int64:
     """Indices of all values not below the `count`-th largest, largest first, equal ones by index.
 
     Values that tie with the `count`-th are all kept, so the result may be longer. `values` [n] holds no NaN. Where n is
-    much larger than 64 · count this takes two passes over the row: the `count`-th largest of the maxima of groups bounds
-    the `count`-th largest value from below, since that many groups hold a value not below it.
+    much larger than 64 · count this takes two passes over the row: the `count`-th largest of the maxima of groups
+    bounds the `count`-th largest value from below, since that many groups hold a value not below it.
     """
     size = values.shape[0]
     if count >= size:

@@ -6,8 +6,8 @@ from __future__ import annotations
 class StopFilter:
     """Passes text on until the first stop string is complete; holds back what may be the begin of one.
 
-    What comes out does not depend on how the text was cut: the stop string that is complete first ends it, and of several
-    that end at the same character the longest.
+    What comes out does not depend on how the text was cut: the stop string that is complete first ends it, and of
+    several that end at the same character the longest.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:

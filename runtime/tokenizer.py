@@ -19,7 +19,7 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:

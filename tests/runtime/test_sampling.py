@@ -73,6 +73,12 @@ def test_ties_go_to_the_lower_id():
     assert candidates(logits, SamplingParams(temperature=1, top_k=1), NOTHING)[0].tolist() == [1, 2]
 
 
+def test_top_p_keeps_no_more_than_hold_exactly_that_probability():
+    logits = np.log(np.array([1, 0.5, 0.25, 0.25], np.float32))
+    for top_p, kept in ((0.5, [0]), (0.5001, [0, 1]), (0.75, [0, 1]), (0.7501, [0, 1, 2])):
+        assert candidates(logits, SamplingParams(temperature=1, top_p=top_p), NOTHING)[0].tolist() == kept
+
+
 def test_the_penalty_counts_a_repeated_token_once_and_leaves_the_logits_alone():
     logits = np.array([2.0, -2.0, 1.9], np.float32)
     before = logits.copy()

@@ -3,36 +3,13 @@
 import json
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from support.tokenizers import byte_level, metaspace
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.detokenizer import Detokenizer, TextStream
 from angelforge.runtime.tokenizer import Tokenizer
-
-
-def byte_level():
-    """One token a byte, one for a whole word and two special ones: the hardest case for streaming."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_tokens(["word"])
-    library.add_special_tokens(["<|end|>", "<|mark|>"])
-    return Tokenizer(library)
-
-
-def metaspace():
-    """Spaces as ▁ with the first one dropped, and bytes as <0x..> tokens, as in SentencePiece vocabularies."""
-    words = ["▁", "▁the", "▁cat", "s", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
-    library = tokenizers.Tokenizer(models.BPE({word: id for id, word in enumerate(words)}, []))
-    library.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return Tokenizer(library)
-
 
 BYTES, SPACES = byte_level(), metaspace()
 
@@ -40,7 +17,7 @@ BYTES, SPACES = byte_level(), metaspace()
 @given(st.lists(st.one_of(st.integers(0, 262), st.sampled_from([62, 63, 128, 226, 240]))))
 def test_streamed_pieces_are_the_text_of_all_tokens_also_of_invalid_bytes_and_unknown_ids(ids):
     stream = Detokenizer(BYTES)
-    pieces = [stream.push(id) for id in ids]
+    pieces = [stream.push(token) for token in ids]
     assert "".join(pieces) + stream.finish() == BYTES.decode(ids)
 
 
@@ -48,8 +25,8 @@ def test_streamed_pieces_are_the_text_of_all_tokens_also_of_invalid_bytes_and_un
 def test_valid_text_is_streamed_without_half_characters_and_with_no_delay(text):
     ids = BYTES.encode(text)
     stream, shown = Detokenizer(BYTES), ""
-    for count, id in enumerate(ids, 1):
-        shown += stream.push(id)
+    for count, token in enumerate(ids, 1):
+        shown += stream.push(token)
         whole = BYTES.decode(ids[:count]).rstrip("\ufffd")
         assert shown.rstrip("\ufffd") == whole
         assert text.startswith(shown)
@@ -59,7 +36,7 @@ def test_valid_text_is_streamed_without_half_characters_and_with_no_delay(text):
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80))
 def test_leading_spaces_survive_where_the_decoder_drops_only_the_first(ids):
     stream = Detokenizer(SPACES)
-    assert "".join([stream.push(id) for id in ids]) + stream.finish() == SPACES.decode(ids)
+    assert "".join([stream.push(token) for token in ids]) + stream.finish() == SPACES.decode(ids)
 
 
 def test_a_character_in_single_bytes_is_shown_when_it_is_complete():
@@ -70,9 +47,9 @@ def test_a_character_in_single_bytes_is_shown_when_it_is_complete():
 
 def test_endless_invalid_bytes_cost_the_same_at_every_step():
     stream = Detokenizer(BYTES)
-    id = BYTES.encode("\xff")[0]
-    shown = "".join(stream.push(id) for _ in range(500)) + stream.finish()
-    assert shown == BYTES.decode([id] * 500)
+    token = BYTES.encode("\xff")[0]
+    shown = "".join(stream.push(token) for _ in range(500)) + stream.finish()
+    assert shown == BYTES.decode([token] * 500)
     assert len(stream._window) <= 32
 
 
@@ -89,8 +66,8 @@ def test_special_tokens_are_not_text():
 def test_a_stop_string_ends_the_text_of_single_byte_tokens(text):
     stream = TextStream(BYTES, ("stop",))
     shown = ""
-    for id in BYTES.encode(text):
-        shown += stream.push(id)
+    for token in BYTES.encode(text):
+        shown += stream.push(token)
         if stream.stopped:
             break
     assert stream.stopped == ("stop" in text)

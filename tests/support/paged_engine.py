@@ -1,4 +1,4 @@
-"""A tiny deterministic model in NumPy that honours the contract of a packed call: wrong pages or slots change its output.
+"""A tiny deterministic model in NumPy that honours the contract of a packed call: wrong pages or slots change it.
 
 Every token is computed by itself in f64, so that its logits do not depend, not even in the last bit, on what else is in
 the call. The pool begins as NaN: whatever reads a slot that was not written ends in an error.

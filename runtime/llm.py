@@ -1,0 +1,223 @@
+"""`LLM`: text and token ids in, text and token ids out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from angelforge.bundle import Bundle
+from angelforge.errors import AngelForgeError, UsageError
+from angelforge.runtime.batch import Float32, Int64
+from angelforge.runtime.chat import ChatTemplate, Message
+from angelforge.runtime.detokenizer import TextStream
+from angelforge.runtime.engines import Engine, load_engine
+from angelforge.runtime.limits import Limits
+from angelforge.runtime.packing import Piece, pack
+from angelforge.runtime.prompts import Prompt, encode_prompt
+from angelforge.runtime.request import Delta, Request, RequestOutput, Timings
+from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.stepper import Stepper
+from angelforge.runtime.tokenizer import Tokenizer
+
+_SCORE_ROWS = 256  # rows of logits computed at once by `score`: 161 MB with the largest vocabulary
+
+
+class LLM:
+    """A model that is loaded and ready. Use it from one thread, and `close` it or use it in a `with` statement."""
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        target: str = "cpu",
+        *,
+        num_pages: int | None = None,
+        kv_memory: int | None = None,
+        max_batch: int = 32,
+        max_tokens_per_step: int = 1024,
+        threads: int | None = None,
+    ) -> None:
+        """Loads a bundle's engine for a target.
+
+        The KV cache has `num_pages` pages or takes `kv_memory` bytes; by default what `max_batch` full contexts need,
+        at most a quarter of the free memory. A step computes up to `max_tokens_per_step` tokens of up to `max_batch`
+        requests. `threads` is for CPUs; by default all cores. Raises AngelForgeError if anything is missing or does
+        not fit.
+        """
+        opened = Bundle.open(Path(bundle))
+        tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
+        engine = load_engine(
+            opened, target, num_pages=num_pages, kv_memory=kv_memory, max_batch=max_batch, threads=threads
+        )
+        self._start(engine, tokenizer, template, max_batch, max_tokens_per_step)
+
+    @classmethod
+    def from_engine(
+        cls,
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        *,
+        max_batch: int = 32,
+        max_tokens_per_step: int = 1024,
+    ) -> LLM:
+        """Around an engine that is loaded already; `close` closes it."""
+        llm = cls.__new__(cls)
+        llm._start(engine, tokenizer, template, max_batch, max_tokens_per_step)
+        return llm
+
+    def _start(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        max_batch: int,
+        max_tokens_per_step: int,
+    ) -> None:
+        self._engine: Engine | None = engine
+        self.tokenizer = tokenizer
+        self.template = template
+        self.config = engine.config
+        self.max_context = engine.max_context
+        self._limits = Limits(engine.page_size, engine.num_pages, engine.max_context, max_batch, max_tokens_per_step)
+        self._stepper = Stepper(engine, self._limits)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """One output for each prompt (text or token ids), in their order; `params` for all or one each.
+
+        A prompt that cannot be run (empty, longer than the context, an id out of range) gives an output with finish
+        reason "error" and a message in `error`; the others are unharmed. An output ends at the end of the context at
+        the latest, with finish reason "length".
+        """
+        outputs: dict[int, RequestOutput] = {}
+        for delta in self.stream(prompts, params):
+            if delta.output is not None:
+                outputs[delta.index] = delta.output
+        return [outputs[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
+        """What `generate` gives, as it comes: the prompts' deltas mixed, the last of each with its output.
+
+        Closing the iterator cancels what has not finished.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise UsageError(
+                f"prompts is a {type(prompts).__name__}, but a list of texts or of lists of ids was expected."
+            )
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts) or not all(isinstance(one, SamplingParams) for one in each):
+            raise UsageError(f"params must be one SamplingParams or a list of {len(prompts)}, one for each prompt.")
+        return self._stream(prompts, each)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+        """The model's answer to a conversation: [{"role": "user", "content": "…"}, …].
+
+        Raises AngelForgeError if it cannot be run. To stream: `stream([llm.chat_prompt(messages)])`.
+        """
+        (output,) = self.generate([self.chat_prompt(messages)], params)
+        if output.error is not None:
+            raise AngelForgeError(output.error)
+        return output
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation in the checkpoint's own chat format, the assistant's turn opened."""
+        if self.template is None or self.tokenizer is None:
+            what = "tokenizer" if self.tokenizer is None else "chat template"
+            raise UsageError(f"The bundle has no {what}, so it cannot chat. Use prompts instead.")
+        # The template writes begin tokens itself.
+        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+
+    def score(self, prompt: Prompt) -> Float32:
+        """The logits at every position of a prompt, f32 [n, vocab]. Raises AngelForgeError if it cannot be run."""
+        return np.concatenate([piece.copy() for piece in self.score_pieces(prompt)])
+
+    def score_pieces(self, prompt: Prompt) -> Iterator[Float32]:
+        """What `score` gives in pieces f32 [≤ 256, vocab], each valid until the next is asked for."""
+        ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.max_context)
+        return self._score(ids)
+
+    def close(self) -> None:
+        """Frees the engine; closing twice is fine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self, prompts: Sequence[Prompt], params: list[SamplingParams]) -> Iterator[Delta]:
+        outbox: deque[Delta] = deque()
+        requests = []
+        try:
+            for index, prompt in enumerate(prompts):
+                try:
+                    requests.append(self._submit(index, prompt, params[index], outbox))
+                except AngelForgeError as error:
+                    refusal = RequestOutput("", (), (), "error", str(error), Timings(None, 0.0))
+                    outbox.append(Delta(index, "", (), refusal))
+            left = len(prompts)
+            while left:
+                while outbox:
+                    delta = outbox.popleft()
+                    left -= delta.output is not None
+                    yield delta
+                if left and self._open() and not self._stepper.step():
+                    raise AngelForgeError("The KV cache is in use by a `score_pieces` that was not finished or closed.")
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self._stepper.end(request)
+
+    def _submit(self, index: int, prompt: Prompt, params: SamplingParams, outbox: deque[Delta]) -> Request:
+        ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.max_context)
+        end_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids.update(self.config.eos_token_ids)
+        text = None
+        if self.tokenizer is not None:
+            # Special tokens are not part of the text: one that is given as a stop string is found by its id.
+            special_ids = map(self.tokenizer.special_id, params.stop)
+            end_ids.update(token for token in special_ids if token is not None)
+            text = TextStream(self.tokenizer, params.stop)
+        elif params.stop:
+            raise UsageError("Stop strings were given, but the bundle has no tokenizer.json. Use stop_token_ids.")
+        # The token after the last position of the context can be chosen, but not computed on.
+        max_length = min(ids.shape[0] + params.max_tokens, self.max_context + 1)
+        request = Request(index, ids, params, max_length, outbox, frozenset(end_ids), text)
+        self._stepper.scheduler.add(request)
+        return request
+
+    def _score(self, ids: Int64) -> Iterator[Float32]:
+        limits, pool = self._limits, self._stepper.scheduler.pool
+        engine = self._open()
+        lease = pool.lease(limits.pages_for(ids.shape[0]))
+        if lease is None:
+            free = (pool.capacity - pool.promised) * limits.page_size
+            raise UsageError(
+                f"The prompt has {ids.shape[0]} tokens, but the KV cache has room for {free}. Give it more memory."
+            )
+        rows = min(_SCORE_ROWS, limits.max_tokens_per_step)
+        try:
+            for begin in range(0, ids.shape[0], rows):
+                tokens = ids[begin : begin + rows]
+                lease.grow(limits.pages_for(begin + tokens.shape[0]))
+                yield engine.forward(pack([Piece(tokens, begin, lease.pages, tokens.shape[0])], limits.page_size))
+        finally:
+            lease.release()
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("This LLM is closed. Load the bundle again.")
+        return self._engine
