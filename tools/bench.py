@@ -1,0 +1,21 @@
+"""`angelforge bench`: figures of this machine, each from one command. Ratios are taken side by side in one run."""
+
+import click
+
+from angelforge.tools.bench_headers import headers
+from angelforge.tools.bench_pack import pack
+from angelforge.tools.bench_step import step
+
+
+@click.group()
+def bench() -> None:
+    """Measure packing, header checks and steps on this machine.
+
+    \b
+    Example:
+      angelforge bench step demo/bundle
+    """
+
+
+for command in (pack, headers, step):
+    bench.add_command(command)
