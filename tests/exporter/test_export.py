@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.bundles import make_bundle
+from support.built import make_bundle
 
 from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError

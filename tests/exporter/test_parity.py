@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.bundles import Sequences, make_bundle, relative_error
+from support.built import Sequences, make_bundle, relative_error
 
 from angelforge.exporter.export import ExportOptions
 from angelforge.precision import Precision

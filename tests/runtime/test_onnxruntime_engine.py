@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import Sequences, make_bundle
+from support.built import Sequences, make_bundle
 
 from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError
