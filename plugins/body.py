@@ -117,6 +117,32 @@ def for_each_expert(
     return op.Scan(empty, starts, ends, *weights, body=body, num_scan_inputs=2 + len(weights))
 
 
+def for_each_sequence(
+    op: OpBuilder, query_start: ir.Value, nothing: ir.Value, append: Callable[..., ir.Value]
+) -> ir.Value:
+    """Rows of all sequences, one after another: `append(op, index, start, end, done)` adds those of one to `done`.
+
+    `query_start` int64 [B+1] are the row ranges, `nothing` the result before the first sequence (0 rows); index, start
+    and end are int64 [1]. Memory is one sequence's beside the result.
+    """
+
+    def one_sequence(op: OpBuilder, index: ir.Value, go_on: ir.Value, done: ir.Value) -> tuple[ir.Value, ir.Value]:
+        here = op.Unsqueeze(index, [0])
+        start, end = op.Gather(query_start, here), op.Gather(query_start, op.Add(here, [1]))
+        return op.Identity(go_on), append(op, here, start, end, done)
+
+    rank = [None] * 3
+    body = subgraph(
+        op,
+        one_sequence,
+        [ir.val("index", INT64, []), ir.val("go_on", ir.DataType.BOOL, []), ir.val("done", FLOAT, rank)],
+        [ir.val(None, ir.DataType.BOOL, []), ir.val(None, FLOAT)],
+        "sequence",
+    )
+    count = op.Sub(op.Squeeze(size(op, query_start, 0), [0]), 1)
+    return op.Loop(count, True, nothing, body=body)
+
+
 _END = 2**62  # Slice clips it to the axis
 
 

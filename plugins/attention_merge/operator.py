@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import FLOAT, f32, i64, integer, rows, size, subgraph
+from angelforge.plugins.body import FLOAT, f32, for_each_sequence, i64, integer, rows, size, subgraph
 from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
 
 
@@ -33,10 +33,8 @@ def merge(
     firsts, starts, lengths = i64(op, partial_start), i64(op, query_start), i64(op, kv_length)
     whole = f32(op, direct)
 
-    def one_sequence(op: OpBuilder, index: ir.Value, go_on: ir.Value, done: ir.Value) -> tuple[ir.Value, ir.Value]:
-        here = op.Unsqueeze(index, [0])
-        start, end, first = op.Gather(starts, here), op.Gather(starts, op.Add(here, [1])), op.Gather(firsts, here)
-        tokens = op.Sub(end, start)
+    def append(op: OpBuilder, here: ir.Value, start: ir.Value, end: ir.Value, done: ir.Value) -> ir.Value:
+        first, tokens = op.Gather(firsts, here), op.Sub(end, start)
 
         def joined(op: OpBuilder) -> ir.Value:
             splits = op.Div(op.Sub(op.Add(op.Gather(lengths, here), split), [1]), split)
@@ -48,22 +46,10 @@ def merge(
             then_branch=subgraph(op, joined, [], [ir.val(None, FLOAT)], "joined"),
             else_branch=subgraph(op, lambda op: rows(op, whole, start, end), [], [ir.val(None, FLOAT)], "direct"),
         )
-        return op.Identity(go_on), op.Concat(done, own, axis=0)
+        return op.Concat(done, own, axis=0)
 
     def all_sequences(op: OpBuilder) -> ir.Value:
-        body = subgraph(
-            op,
-            one_sequence,
-            [
-                ir.val("index", ir.DataType.INT64, []),
-                ir.val("go_on", ir.DataType.BOOL, []),
-                ir.val("done", FLOAT, [None, None, None]),
-            ],
-            [ir.val(None, ir.DataType.BOOL, []), ir.val(None, FLOAT)],
-            "sequence",
-        )
-        count = op.Squeeze(size(op, kv_length, 0), [0])
-        done = op.Loop(count, True, rows(op, whole, 0, 0), body=body)
+        done = for_each_sequence(op, starts, rows(op, whole, 0, 0), append)
         return op.Concat(done, rows(op, whole, size(op, done, 0), 2**62), axis=0)
 
     anything_split = op.GreaterOrEqual(op.ReduceMax(firsts, keepdims=0), 0)

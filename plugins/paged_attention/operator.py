@@ -7,7 +7,7 @@ blocks share the keys. The body leaves none.
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import FLOAT, INT32, f32, i64, integer, rows, size, subgraph
+from angelforge.plugins.body import FLOAT, INT32, f32, for_each_sequence, i64, integer, rows, size, subgraph
 from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
 
 
@@ -44,10 +44,7 @@ def _body(
     starts, lengths, places = i64(op, query_start), i64(op, kv_length), i64(op, positions)
     page_size = size(op, kv_cache, 3)
 
-    def one_sequence(op: OpBuilder, index: ir.Value, go_on: ir.Value, done: ir.Value) -> tuple[ir.Value, ir.Value]:
-        here = op.Unsqueeze(index, [0])
-        start, end = op.Gather(starts, here), op.Gather(starts, op.Add(here, [1]))
-
+    def append(op: OpBuilder, here: ir.Value, start: ir.Value, end: ir.Value, done: ir.Value) -> ir.Value:
         def attend(op: OpBuilder) -> ir.Value:
             length = op.Gather(lengths, here)
             used = op.Div(op.Sub(op.Add(length, page_size), [1]), page_size)
@@ -56,28 +53,16 @@ def _body(
             result = _attend(op, own, op.Gather(kv_cache, pages, axis=0), rows(op, places, start, end), length, scale)
             return op.Concat(done, result, axis=0)
 
-        grown = op.If(
+        return op.If(
             op.Squeeze(op.Less(start, end), [0]),
             then_branch=subgraph(op, attend, [], [ir.val(None, FLOAT)], "attend"),
             else_branch=subgraph(op, lambda op: op.Identity(done), [], [ir.val(None, FLOAT)], "empty"),
         )
-        return op.Identity(go_on), grown
 
     head_shape = op.Shape(query, start=1)
     zero = ir.tensor([0.0], dtype=FLOAT)
     nothing = op.ConstantOfShape(op.Concat([0], head_shape, axis=0), value=zero)
-    body = subgraph(
-        op,
-        one_sequence,
-        [
-            ir.val("index", ir.DataType.INT64, []),
-            ir.val("go_on", ir.DataType.BOOL, []),
-            ir.val("done", FLOAT, [None, None, None]),
-        ],
-        [ir.val(None, ir.DataType.BOOL, []), ir.val(None, FLOAT)],
-        "sequence",
-    )
-    done = op.Loop(op.Squeeze(size(op, kv_length, 0), [0]), True, nothing, body=body)
+    done = for_each_sequence(op, starts, nothing, append)
     # Rows that belong to no sequence are padding.
     padding = op.Concat(op.Sub(size(op, query, 0), size(op, done, 0)), head_shape, axis=0)
     direct = op.CastLike(op.Concat(done, op.ConstantOfShape(padding, value=zero), axis=0), query)
