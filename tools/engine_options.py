@@ -1,0 +1,29 @@
+"""Options of the commands that load an engine."""
+
+from __future__ import annotations
+
+import click
+
+from angelforge.errors import UsageError
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: float | None) -> int | None:
+    if value is None:
+        return None
+    if not 0 < value < 1e9:
+        raise UsageError(f"--kv-memory-gb is {value:g}, but a number of GB above 0 is needed.")
+    return int(value * 1e9)
+
+
+target_option = click.option("--target", default="cpu", show_default=True, help="The target whose engine is used.")
+
+#: The parameter is called `kv_memory` and is in bytes, or None.
+kv_memory_option = click.option(
+    "--kv-memory-gb",
+    "kv_memory",
+    type=float,
+    callback=_bytes,
+    help="Memory of the KV cache in GB (10⁹ bytes). Default: what is needed, at most a quarter of what is free.",
+)
+
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")

@@ -1,0 +1,87 @@
+"""`angelforge run`: generate text with a built bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from angelforge.errors import UsageError
+from angelforge.runtime.sampling import SamplingParams
+from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
+from angelforge.tools.options import bundle_argument, json_option
+from angelforge.tools.output import print_json
+from angelforge.tools.run_chat import chat
+from angelforge.tools.run_text import print_outputs
+from angelforge.tools.token_file import read_token_lists
+
+DEFAULT = SamplingParams()
+
+
+@click.command()
+@bundle_argument
+@target_option
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; give the option again for more, run together.")
+@click.option("--tokens", type=click.Path(path_type=Path), help="A JSON file: token ids, or a list of lists of them.")
+@click.option("--chat", "chatting", is_flag=True, help="Talk to the model in its own chat format.")
+@click.option("--system", help="The system message of a chat.")
+@click.option("--max-tokens", default=DEFAULT.max_tokens, show_default=True, help="Tokens an output has at most.")
+@click.option("--temperature", default=DEFAULT.temperature, show_default=True, help="0: always the likeliest token.")
+@click.option("--top-k", default=DEFAULT.top_k, show_default=True, help="Keep the K likeliest tokens; 0: all.")
+@click.option(
+    "--top-p", default=DEFAULT.top_p, show_default=True, help="Keep the likeliest tokens that hold P; 1: all."
+)
+@click.option("--min-p", default=DEFAULT.min_p, show_default=True, help="Keep tokens P times as likely as the best.")
+@click.option("--repetition-penalty", default=DEFAULT.repetition_penalty, show_default=True, help="1: none.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="End the output before this text; may be given again.")
+@click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
+@click.option("--max-batch", default=32, show_default=True, help="Prompts that run at once.")
+@kv_memory_option
+@threads_option
+@json_option
+@click.pass_context
+def run(
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    target: str,
+    prompts: tuple[str, ...],
+    tokens: Path | None,
+    chatting: bool,
+    system: str | None,
+    max_batch: int,
+    kv_memory: int | None,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Generate text, or token ids where a bundle has no tokenizer.
+
+    Text is printed as it comes; several prompts run together and are printed in their order. With --json the outputs
+    are printed as one list: text, token_ids, prompt_token_ids, finish_reason (stop, length or error), error, timings.
+
+    \b
+    Example:
+      angelforge run bundle --prompt "What does aspirin do?" --temperature 0.6 --top-p 0.95
+    """
+    from angelforge.runtime.llm import LLM
+
+    if (len(prompts) > 0) + (tokens is not None) + chatting != 1:
+        raise UsageError("Say what to run: --prompt TEXT, --tokens FILE or --chat, and only one of them.")
+    if system is not None and not chatting:
+        raise UsageError("--system is for --chat.")
+    if chatting and as_json:
+        raise UsageError("--chat is for people and has no --json. Use --prompt or --tokens.")
+    params = SamplingParams(**sampling)
+    inputs = list(prompts) if tokens is None else read_token_lists(tokens)
+    with LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads) as llm:
+        if chatting:
+            chat(llm, params, system)
+        elif as_json:
+            outputs = llm.generate(inputs, params)
+            print_json([output.to_dict() for output in outputs])
+            ctx.exit(int(any(output.error is not None for output in outputs)))
+        else:
+            ctx.exit(int(not print_outputs(llm, llm.stream(inputs, params), len(inputs))))

@@ -1,0 +1,24 @@
+"""Files of token ids: JSON, a list of ids or a list of such lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from angelforge.diskerrors import explained
+from angelforge.errors import UsageError
+
+
+def read_token_lists(path: Path) -> list[list[int]]:
+    """The lists of ids in a file; a single list counts as one. Raises AngelForgeError saying what is wrong with it."""
+    with explained("read", path):
+        raw = path.read_bytes()
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}. A list of token ids was expected, such as [1, 2, 3].") from None
+    lists = value if isinstance(value, list) and any(isinstance(item, list) for item in value) else [value]
+    for ids in lists:
+        if not isinstance(ids, list) or not all(type(item) is int for item in ids):  # type(): true is an int, too
+            raise UsageError(f"{path} holds something else than a list of token ids, or a list of such lists.")
+    return lists
