@@ -67,8 +67,9 @@ def lock(path: Path) -> Iterator[None]:
     """
     descriptor = _acquire(path)
     try:
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # on a full disk the lock holds all the same, only its holder stays unnamed
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
         with suppress(OSError):

@@ -28,31 +28,47 @@ def convertible(source: DType, target: DType) -> bool:
 
 def convert(values: Array, target: DType) -> Array:
     """f16, bf16 or f32 `values` as f32 or bf16; every float fits f32 exactly, so bf16 is rounded once."""
-    return values.astype(np.float32, copy=False).astype(target.numpy, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what does not fit; NaN stays NaN
+        return values.astype(np.float32, copy=False).astype(target.numpy, copy=False)
 
 
-def dequantize(codes: Array, scales: Array, target: DType) -> Array:
+def dequantize(codes: Array, scales: Array, block_rows: Array, block_columns: Array, target: DType) -> Array:
     """weight = e4m3 · scale, rounded once to f32 or bf16.
 
-    `codes` uint8 [rows, columns] hold the e4m3 bits, `scales` f32 [rows, columns] the scale of each element. The
-    product of 4 and 24 significant bits is exact in f64.
+    `codes` uint8 [rows, columns] hold the e4m3 bits; the scale of element (r, c) is `scales` f32 [.., ..] at
+    (block_rows[r], block_columns[c]). A block has 256 possible weights, which are looked up.
     """
-    exact = _E4M3_VALUES[codes]
-    exact *= scales
+    tables = products(scales, target)  # [row blocks, column blocks, 256]
+    index = np.add(codes, block_columns * 256, dtype=np.intp)  # [rows, columns]
+    index += (block_rows * (tables.shape[1] * 256))[:, None]
+    return np.take(tables.reshape(-1), index)
+
+
+def products(scales: Array, target: DType) -> Array:
+    """[.., 256]: all 256 e4m3 values times each of `scales` [..], rounded once to f32 or bf16.
+
+    The product of 4 and 24 significant bits is exact in f64.
+    """
+    exact = scales[..., None] * _E4M3_VALUES
     with np.errstate(over="ignore"):
         rounded = exact.astype(np.float32)
     if target is not DType.F32:
         _leave_false_ties(rounded, exact)
-    return rounded.astype(target.numpy, copy=False)
+    return convert(rounded, target)
 
 
 def first_overflow(before: Array, after: Array) -> int | None:
     """The flat index of the first value that was finite `before` and is not `after`; None if there is none."""
-    finite = np.isfinite(after)
-    if finite.all():
+    if _all_finite(after):
         return None
-    created = ~finite & np.isfinite(before)
+    created = ~np.isfinite(after) & np.isfinite(before)
     return int(created.argmax()) if created.any() else None
+
+
+def _all_finite(values: Array) -> bool:
+    if values.dtype == DType.BF16.numpy:  # its isfinite takes as long as the conversion itself
+        return not bool(((values.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80).any())
+    return bool(np.isfinite(values).all())
 
 
 def _leave_false_ties(rounded: Array, exact: Array) -> None:

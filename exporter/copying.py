@@ -26,7 +26,7 @@ from angelforge.tensorfile import TensorInfo
 
 Array = npt.NDArray[Any]
 
-_BLOCK = 1 << 18  # elements converted at a time: all intermediate arrays stay in the cache
+_BLOCK = 1 << 19  # elements converted at a time: intermediate arrays of a few MB
 
 
 class Run(Protocol):
@@ -138,15 +138,14 @@ class _Rows:
         top = 0 if self.piece.rows is None else self.piece.rows[0]
         left, right = self._columns
         values = self._read(top + first, top + last)[:, left:right]  # [rows, columns]
-        if self.scale_info is not None:
-            scales = self._element_scales(top + first, top + last, left, right)
-            result = dequantize(values.view(np.uint8), scales, self.target)
-        elif self.info.dtype is self.target:
+        if self.info.dtype is self.target:
             return np.ascontiguousarray(values)
-        else:
+        if self.scale_info is None:
             result = convert(values, self.target)
+        else:
+            result = self._dequantize(values.view(np.uint8), top + first, left)
         self._refuse_overflow(values, result, top + first)
-        return np.ascontiguousarray(result)
+        return result
 
     def _read(self, first: int, last: int) -> Array:
         width = self.info.shape[-1]
@@ -155,11 +154,13 @@ class _Rows:
         self.files.read(self.info.path, rows.view(np.uint8).reshape(-1).data, start)
         return rows
 
-    def _element_scales(self, first: int, last: int, left: int, right: int) -> Array:
-        """The scale of every element of a rectangle of the source, f32."""
-        rows = self._scales[np.arange(first, last) // self.block[0]]  # [rows, column blocks]
-        scales: Array = rows[:, np.arange(left, right) // self.block[1]]
-        return scales
+    def _dequantize(self, codes: Array, top: int, left: int) -> Array:
+        """The weights of a rectangle of the source whose first element is (top, left)."""
+        rows, columns = codes.shape
+        block_rows = np.arange(top, top + rows) // self.block[0]
+        block_columns = np.arange(left, left + columns) // self.block[1]
+        scales = self._scales[block_rows[0] : block_rows[-1] + 1]
+        return dequantize(codes, scales, block_rows - block_rows[0], block_columns, self.target)
 
     @cached_property
     def _scales(self) -> Array:
@@ -179,11 +180,10 @@ class _Rows:
         if position is None:
             return
         row, column = divmod(position, after.shape[1])
-        value = before[row, column].astype(np.float64)
-        place = (
-            [column + self._columns[0]] if len(self.info.shape) == 1 else [row + first_row, column + self._columns[0]]
-        )
+        left = self._columns[0]
+        place = [column + left] if len(self.info.shape) == 1 else [row + first_row, column + left]
+        value = f"{before[row, column].astype(np.float64):g}{'' if self.scale_info is None else ' times its scale'}"
         raise AngelForgeError(
-            f"{self.info.name} at {place} is {value:g}, which does not fit {self.target.value}. "
+            f"{self.info.name} at {place} is {value}, which does not fit {self.target.value}. "
             "Export with --precision fp32, or repair the checkpoint."
         )

@@ -1,64 +1,62 @@
-"""Small bundles, from checkpoint to built CPU engine, and packed calls by hand."""
+"""What the weight files of a bundle must hold, computed from the checkpoint's files without the product's packer."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
-from angelforge.bundle import Bundle
-from angelforge.engines.cpu import build_cpu
-from angelforge.exporter.export import ExportOptions, export
-from angelforge.exporter.synthetic import small_config, write_checkpoint
-from angelforge.runtime.batch import Batch, Float32
-from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from angelforge.runtime.validate.plain_checkpoint import read_safetensors
+
+Array = NDArray[Any]
 
 
-def make_bundle(
-    folder: Path, overrides: dict[str, Any] | None = None, options: ExportOptions | None = None, dtype: str = "F32"
-) -> tuple[Path, Bundle]:
-    """A random checkpoint with these config keys, exported and built: (checkpoint folder, bundle)."""
-    checkpoint = write_checkpoint(folder / "checkpoint", small_config(**(overrides or {})), dtype=dtype)
-    bundle = export(str(checkpoint), folder / "bundle", options or ExportOptions())
-    build_cpu(bundle)
-    return checkpoint, bundle
+def folder_tensors(folder: Path) -> dict[str, Array]:
+    """Every tensor of every safetensors file of a folder."""
+    found: dict[str, Array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= read_safetensors(path)
+    return found
 
 
-class Sequences:
-    """Sequences in an engine's pool, called by hand: every call packs some new tokens of some sequences."""
-
-    def __init__(self, engine: OnnxRuntimeEngine, pages: Sequence[Sequence[int]]) -> None:
-        self.engine = engine
-        self.table = np.array(pages, np.int32)  # [B, P]
-        self.lengths = [0] * len(pages)
-
-    def call(self, tokens: Sequence[Sequence[int]], padding: int = 0, empty: int = 0) -> list[Float32]:
-        """Logits of all new tokens of each sequence; with padding rows and empty sequences behind them."""
-        size = self.engine.page_size
-        ids = [np.array(each, np.int64) for each in tokens]
-        places = [np.arange(n, n + len(each)) for n, each in zip(self.lengths, ids, strict=True)]
-        slots = [self.table[b][at // size] * size + at % size for b, at in enumerate(places)]
-        count = sum(map(len, ids))
-        self.lengths = [n + len(each) for n, each in zip(self.lengths, ids, strict=True)]
-        starts = np.cumsum([0, *map(len, ids)])
-        # A sequence that has no tokens in this call is an empty one.
-        lengths = [n if len(each) else 0 for n, each in zip(self.lengths, ids, strict=True)]
-        garbage = np.full(padding, 3)
-        logits = self.engine.forward(
-            Batch(
-                input_ids=np.concatenate([*ids, garbage]).astype(np.int64),
-                positions=np.concatenate([*places, garbage]).astype(np.int32),
-                num_tokens=np.array([count], np.int32),
-                query_start=np.concatenate([starts, np.full(empty, count)]).astype(np.int32),
-                kv_length=np.array([*lengths, *[0] * empty], np.int32),
-                page_table=np.concatenate([self.table, np.zeros((empty, self.table.shape[1]), np.int32)]),
-                slots=np.concatenate([*slots, garbage]).astype(np.int32),
-                logit_indices=np.arange(count),
-            )
-        )
-        return np.split(logits.copy(), starts[1:-1])
+def expected_weight(name: str, source: dict[str, Array], num_experts: int, shared: int, fp8: bool) -> Array:
+    """The values of a bundle tensor: f64 where they are to be rounded to its type, e4m3 and scales as they are."""
+    if ".mlp.experts." not in name:
+        return _plain(name, source, fp8)
+    prefix, _, suffix = name.partition(".experts.")
+    stack = [_plain(f"{prefix}.experts.{expert}.{suffix}", source, fp8) for expert in range(num_experts)]
+    if shared:
+        whole = _plain(f"{prefix}.shared_experts.{suffix}", source, fp8)
+        stack += np.split(whole, shared, axis=1 if suffix.startswith("down_proj") else 0)
+    return np.stack(stack)
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference, relative to the largest expected magnitude."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def _plain(name: str, source: dict[str, Array], fp8: bool) -> Array:
+    values, scale = source[name], source.get(name + "_scale_inv")
+    if fp8 and (scale is not None or name.endswith("_scale_inv")):
+        return values
+    if scale is None:
+        return values.astype(np.float64)
+    rows, columns = values.shape
+    spread = np.repeat(np.repeat(scale, 128, axis=0), 128, axis=1)[:rows, :columns]
+    return np.asarray(values.astype(np.float64) * spread)
+
+
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    """f64 values rounded once, to nearest even, to f32 or bf16 (8 significant bits; no subnormals)."""
+    if dtype != ml_dtypes.bfloat16 or values.dtype != np.float64:
+        return values.astype(dtype)
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8).astype(dtype)
+
+
+def same_bits(left: Iterable[Array], right: Iterable[Array]) -> bool:
+    """Whether arrays agree in type, shape and every bit."""
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in zip(left, right, strict=True)
+    )
