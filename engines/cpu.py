@@ -1,25 +1,20 @@
 """Builds the engine of target `cpu`: an optimised ONNX graph beside its manifest; the weights stay where they are."""
 
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
 
 from angelforge.atomic import lock, write_atomic
 from angelforge.bundle import Bundle
-from angelforge.engines.manifest import FILE, EngineManifest, file_digest
+from angelforge.engines.manifest import FILE, EngineManifest, bundle_facts, engine_folder, file_digest
 from angelforge.engines.onnxruntime_graph import optimize
 from angelforge.engines.widen import widen_activations
 
+__all__ = ["ENGINE", "TARGET", "build_cpu", "engine_folder", "open_engine"]
+
 ENGINE = "model.onnx"
 TARGET = "cpu"
-
-
-def engine_folder(bundle: Bundle, target: str) -> Path:
-    """Where the engine for `target` stands in a bundle."""
-    return bundle.folder / "engines" / target
 
 
 def build_cpu(bundle: Bundle) -> EngineManifest:
@@ -48,18 +43,6 @@ def build_cpu(bundle: Bundle) -> EngineManifest:
         )
         write_atomic(folder / FILE, manifest.to_json())
     return manifest
-
-
-def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What a bundle says that its engines must agree with, by the names of `EngineManifest`."""
-    manifest = bundle.manifest
-    return {
-        "model_digest": manifest.model_digest,
-        "precision": manifest.precision.value,
-        "max_context": manifest.max_context,
-        "page_size": manifest.page_size,
-        "operators": dict(manifest.operators),
-    }
 
 
 def open_engine(bundle: Bundle) -> bytes:

@@ -1,16 +1,39 @@
 """`manifest.json` beside every engine: what it was made from and for, compared before it is loaded."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from angelforge.bundle import Bundle
+from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError
 
 FORMAT = 1
 FILE = "manifest.json"
+
+# How a difference is told: what the engine has, what is needed.
+_DIFFERENCES = {
+    "backend": "is for {found}, but {needed} is to run it",
+    "backend_version": "was built with version {found} of its library, but version {needed} is installed",
+    "engine_digest": "is not the file that was built: its sha256 begins with {needed}, expected {found}",
+    "engine_bytes": "has {needed} bytes, expected {found}: it was cut off or replaced",
+    "model_digest": "was built for another model configuration ({found}) than the bundle's ({needed})",
+    "graph_digest": "was built from another graph ({found}) than the bundle's ({needed})",
+    "draft_digest": "was built beside the draft {found}, but the bundle's draft is {needed}",
+    "precision": "was built for precision {found}, but the bundle has {needed}",
+    "max_context": "was built for contexts of {found} tokens, but the bundle has {needed}",
+    "page_size": "was built for pages of {found} tokens, but the bundle has {needed}",
+    "rope": "was built for the rotary embedding {found}, but the bundle has {needed}",
+    "operators": "has the operators {found}, but this version has {needed}",
+    "kernels": "has the kernels {found}, but this version has {needed}",
+    "architecture": "is for the architecture {found}, but this machine's GPU is {needed}",
+    "gpu": "was built on a {found}, but this machine has a {needed}",
+    "driver": "was built with driver {found}, but this machine has the older {needed}",
+    "tensor_parallel": "was built for {found} ranks, but {needed} are to run it",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,17 @@ class EngineManifest:
     page_size: int  # tokens
     operators: Mapping[str, int]  # versions of the operators in the graph
     seconds: float  # the build took
+    engine_bytes: int = 0
+    built_at: str = ""  # UTC, ISO 8601
+    architecture: str = "cpu"  # "sm_90": what the engine runs on
+    gpu: str | None = None  # the GPU it was built on, where it runs on no other
+    driver: str | None = None  # it was built with
+    tensor_parallel: int = 1  # ranks
+    rope: Mapping[str, float | int] = field(default_factory=dict)  # YaRN factor, attention factor, rotary width
+    draft_digest: str | None = None  # of the bundle's draft graph
+    kernels: Mapping[str, str] = field(default_factory=dict)  # digests by operator
+    profiles: Sequence[Mapping[str, Any]] = ()  # `Profile.to_dict`
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the build
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -48,7 +82,7 @@ class EngineManifest:
             raw: Any = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise AngelForgeError(f"There is no engine in {folder} (no {FILE}). {rebuild}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AngelForgeError(f"{path} cannot be read: {error}. {rebuild}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
@@ -56,7 +90,10 @@ class EngineManifest:
         wanted = {field.name for field in fields(cls)}
         if set(raw) != wanted:
             raise AngelForgeError(f"{path} has wrong keys: {sorted(set(raw) ^ wanted)}. {rebuild}")
-        return cls(**raw)
+        manifest = cls(**raw)
+        if wrong := [name for name, value in asdict(manifest).items() if not _fits(name, value)]:
+            raise AngelForgeError(f"{path} has a value of the wrong kind under {', '.join(wrong)}. {rebuild}")
+        return manifest
 
     def require(self, expected: Mapping[str, object]) -> None:
         """Compares facts by name.
@@ -66,13 +103,71 @@ class EngineManifest:
         """
         for name, needed in expected.items():
             found = getattr(self, name)
-            if found != needed:
-                raise AngelForgeError(
-                    f"The engine for {self.target} was built with {name.replace('_', ' ')} {found}, "
-                    f"this needs {needed}. Build it again: angelforge build --target {self.target}."
-                )
+            if found == needed:
+                continue
+            if isinstance(found, Mapping) and isinstance(needed, Mapping):
+                found, needed = _differing(found, needed), _differing(needed, found)
+            said = _DIFFERENCES[name].format(found=_shown(found), needed=_shown(needed))
+            raise AngelForgeError(
+                f"The engine for {self.target} {said}. Build it again: angelforge build --target {self.target}."
+            )
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What a bundle says that its engines must agree with, by the names of `EngineManifest`."""
+    manifest = bundle.manifest
+    return {
+        "model_digest": manifest.model_digest,
+        "precision": manifest.precision.value,
+        "max_context": manifest.max_context,
+        "page_size": manifest.page_size,
+        "rope": manifest.rope,
+        "operators": dict(manifest.operators),
+    }
+
+
+def engine_folder(bundle: Bundle, target: str) -> Path:
+    """Where the engine for `target` stands in a bundle."""
+    return bundle.folder / "engines" / target
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file that fits into memory, such as a graph or an engine."""
-    return sha256(path.read_bytes()).hexdigest()
+    """sha256 of a file that fits into memory, such as a graph or an engine.
+
+    Raises:
+        AngelForgeError: the file cannot be read.
+    """
+    with explained("read", path):
+        return sha256(path.read_bytes()).hexdigest()
+
+
+_INTEGERS = {"max_context", "page_size", "engine_bytes", "tensor_parallel", "format"}
+_OBJECTS = {"operators", "rope", "kernels", "options"}
+_OPTIONAL = {"gpu", "driver", "draft_digest"}
+
+
+def _fits(name: str, value: object) -> bool:
+    if name in _INTEGERS:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if name in _OBJECTS:
+        return isinstance(value, dict)
+    if name == "profiles":
+        return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)
+    if name == "seconds":
+        return isinstance(value, (int, float))
+    if name == "engine":  # never a path that leads elsewhere
+        return isinstance(value, str) and Path(value).name == value != ""
+    return isinstance(value, str) or (name in _OPTIONAL and value is None)
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in one.items() if key not in other or other[key] != value}
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence: digests shortened, pairs without braces."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "none of them"
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return "none" if value is None else str(value)

@@ -4,6 +4,7 @@ Shapes come from the operator's shape rule over TensorRT's dimension expressions
 launches the operator's kernel on TensorRT's stream; no data is copied.
 """
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -34,6 +35,9 @@ class _Plugin:
         self.plugin_name, self.plugin_namespace = operator.name, DOMAIN
         self.plugin_version = str(operator.version)
         self.num_outputs = len(operator.outputs)
+        # TensorRT deletes the plugins of a failed build and then drops its reference, at which the bindings delete them
+        # again and corrupt the heap (seen in TensorRT-RTX 1.7.1). A reference that nobody drops prevents it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def get_capability_interface(self, kind: Any) -> "_Plugin":
         """One object has all capabilities."""

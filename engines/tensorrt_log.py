@@ -1,0 +1,78 @@
+"""TensorRT's messages: the full log of a build in a file, and its errors for an explanation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any, TextIO
+
+from angelforge.diskerrors import explained
+from angelforge.plugins.tensorrt.library import Library
+
+_ERRORS = ("INTERNAL_ERROR", "ERROR")
+
+
+@dataclass
+class BuildLog:
+    """What TensorRT said during one build. TensorRT may speak from several threads."""
+
+    file: TextIO
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    begin: float = field(default_factory=perf_counter)
+    guard: Lock = field(default_factory=Lock)
+
+    def write(self, severity: str, message: str) -> None:
+        """Notes one message; `severity` is a name of ILogger.Severity."""
+        with self.guard:
+            if severity in _ERRORS:
+                self.errors.append(message)
+            elif severity == "WARNING":
+                self.warnings.append(message)
+            # An exception here would end the process inside TensorRT: a log that cannot grow is left as it is.
+            with suppress(OSError, ValueError):
+                self.file.write(f"{perf_counter() - self.begin:9.3f} {severity} {message}\n")
+
+
+class _Logger:
+    """The one ILogger of a process: TensorRT keeps the first it is given, whatever comes later."""
+
+    api: Any
+    log_to: BuildLog | None
+
+    def __init__(self) -> None:
+        self.api.ILogger.__init__(self)
+        self.log_to = None
+
+    def log(self, severity: Any, message: str) -> None:
+        """Called by TensorRT."""
+        if (target := self.log_to) is not None:
+            target.write(severity.name, message)
+
+
+@cache
+def logger_of(library: Library) -> Any:
+    """The ILogger to be given to builders, parsers and runtimes of this library."""
+    return type("AngelForgeLogger", (_Logger, library.api.ILogger), {"api": library.api})()
+
+
+@contextmanager
+def recording(library: Library, path: Path) -> Iterator[BuildLog]:
+    """Writes all of TensorRT's messages to the file `path` (replaced) until the block ends.
+
+    Raises:
+        AngelForgeError: the file cannot be written.
+    """
+    with explained("write", path):
+        file = path.open("w", encoding="utf-8", errors="replace", buffering=1)
+    logger = logger_of(library)
+    logger.log_to = BuildLog(file)
+    try:
+        yield logger.log_to
+    finally:
+        logger.log_to = None
+        with suppress(OSError):
+            file.close()
