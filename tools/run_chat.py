@@ -49,9 +49,14 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
 
 
 def _next_line() -> str | None:
+    asking = sys.stdin.isatty()
     try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+        return input("> " if asking else "")
     except UnicodeDecodeError as error:
         raise UsageError(f"The input is not text in {error.encoding}.") from None
+    except (EOFError, KeyboardInterrupt) as end:
+        if asking:
+            click.echo()  # the prompt stands on this line
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return None
