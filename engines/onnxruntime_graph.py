@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state
+from packaging.version import Version
 
 from angelforge.errors import AngelForgeError
 
@@ -20,6 +21,11 @@ from angelforge.errors import AngelForgeError
 ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
+
+
+# What a graph uses is the same in opset 23 and 24, and ONNX Runtime 1.23, the last one for Python 3.10, stops at 23.
+OLDER_OPSET = 23
+FIRST_WITH_OPSET_24 = Version("1.24")
 
 
 def session_options(weights_root: Path, threads: int = 0) -> onnxruntime.SessionOptions:
@@ -31,6 +37,8 @@ def session_options(weights_root: Path, threads: int = 0) -> onnxruntime.Session
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_root))
     options.add_session_config_entry("session.disable_prepacking", "1")
+    # FP8 is quantised and widened by exact rules; fusing the two, as ONNX Runtime does for int8, is another operation.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
@@ -40,6 +48,7 @@ def optimize(model: ir.Model) -> bytes:
     Raises:
         AngelForgeError: ONNX Runtime refuses the graph.
     """
+    _fit_opset(model)
     with TemporaryDirectory(prefix="angelforge-build-") as scratch:
         root = Path(scratch)
         _place_sparse_files(model, root)
@@ -59,6 +68,13 @@ def optimize(model: ir.Model) -> bytes:
         result = onnx.load(optimized, load_external_data=False)
     _check_weights(result, model.graph.initializers)
     return result.SerializeToString()
+
+
+def _fit_opset(model: ir.Model) -> None:
+    if Version(onnxruntime.__version__) >= FIRST_WITH_OPSET_24:
+        return
+    for graph in (model, *model.functions.values()):
+        graph.opset_imports[""] = OLDER_OPSET
 
 
 def _place_sparse_files(model: ir.Model, root: Path) -> None:
