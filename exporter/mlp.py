@@ -1,5 +1,7 @@
 """The two kinds of MLP: dense SwiGLU, and the mixture of routed and shared experts."""
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
@@ -14,8 +16,8 @@ from angelforge.plugins.gate_up.operator import GATE_UP
 from angelforge.plugins.moe_combine.operator import MOE_COMBINE
 from angelforge.plugins.moe_down.operator import MOE_DOWN
 from angelforge.plugins.moe_gate_up.operator import MOE_GATE_UP
+from angelforge.plugins.moe_logits.operator import MOE_LOGITS
 from angelforge.plugins.moe_route.operator import MOE_ROUTE
-from angelforge.plugins.moe_sort.operator import MOE_SORT
 from angelforge.plugins.operator import call
 from angelforge.precision import Precision
 
@@ -37,6 +39,15 @@ class DenseMLP(nn.Module):  # type: ignore[misc]
         return call(op, ALL_REDUCE, self.down_proj(op, inner))
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which experts take which tokens; k = routed and shared experts of a token."""
+
+    expert_ids: ir.Value  # int32 [T, k]
+    expert_weights: ir.Value  # f32 [T, k]
+    expert_tokens: ir.Value  # int32 [E, words], a bit a token
+
+
 class Router(nn.Module):  # type: ignore[misc]
     """`mlp.gate`: f32 whatever the precision."""
 
@@ -46,14 +57,13 @@ class Router(nn.Module):  # type: ignore[misc]
         self.weight = weight(DType.F32, config.num_experts, config.hidden_size)
         self.expert_bias = weight(DType.F32, config.num_experts)
 
-    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """normed [T, H] → (expert_ids int32 [T, k], expert_weights f32 [T, k]), shared experts last."""
+    def forward(self, op: OpBuilder, normed: ir.Value, num_tokens: ir.Value) -> Routing:
+        """normed [T, H] → the choice of every token, shared experts last."""
         config = self.config
-        ids, weights = call(
+        choice = call(
             op,
             MOE_ROUTE,
-            normed,
-            self.weight,
+            call(op, MOE_LOGITS, normed, self.weight),
             self.expert_bias,
             num_tokens,
             top_k=config.num_experts_per_tok,
@@ -62,7 +72,7 @@ class Router(nn.Module):  # type: ignore[misc]
             num_shared_experts=config.num_shared_experts,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-        return ids, weights
+        return Routing(*choice)
 
 
 class Experts(nn.Module):  # type: ignore[misc]
@@ -77,26 +87,18 @@ class Experts(nn.Module):  # type: ignore[misc]
         self.up_proj = Weights(precision.matmul, experts, width, hidden)
         self.down_proj = Weights(precision.matmul, experts, hidden, width)
 
-    def forward(self, op: OpBuilder, normed: Normed, expert_ids: ir.Value, expert_weights: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, normed: Normed, routing: Routing) -> ir.Value:
         """normed [T, H] → the weighted sum over each token's experts [T, H]."""
-        config, quantized = self.config, self.precision.quantized
-        offsets, order, position = call(op, MOE_SORT, expert_ids, num_experts=config.num_expert_slots)
-        inner = call(
-            op,
-            FP8_MOE_GATE_UP if quantized else MOE_GATE_UP,
-            *flat(normed.for_matmul),
-            *self.gate_proj(op),
-            *self.up_proj(op),
-            offsets,
-            order,
-            experts_per_token=config.experts_per_token,
-        )
-        down = (*flat(inner), *self.down_proj(op), offsets)
+        quantized, chosen = self.precision.quantized, (routing.expert_ids, routing.expert_tokens)
+        gate_up = FP8_MOE_GATE_UP if quantized else MOE_GATE_UP
+        inner = call(op, gate_up, *flat(normed.for_matmul), *self.gate_proj(op), *self.up_proj(op), *chosen)
+        down = (*flat(inner), *self.down_proj(op), *chosen)
         if quantized:
             expert_out = call(op, FP8_MOE_DOWN, *down, dtype=self.precision.activation.onnx)
         else:
             expert_out = call(op, MOE_DOWN, *down)
-        return call(op, MOE_COMBINE, expert_out, position, expert_weights, num_shared_experts=config.num_shared_experts)
+        shared = self.config.num_shared_experts
+        return call(op, MOE_COMBINE, expert_out, routing.expert_weights, num_shared_experts=shared)
 
 
 class SparseMLP(nn.Module):  # type: ignore[misc]
@@ -109,5 +111,5 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: OpBuilder, normed: Normed, num_tokens: ir.Value) -> ir.Value:
         """normed [T, H] → what the MLP adds to the residual [T, H]."""
-        ids, weights = self.gate(op, normed.plain, num_tokens)
-        return call(op, ALL_REDUCE, self.experts(op, normed, ids, weights))
+        routing = self.gate(op, normed.plain, num_tokens)
+        return call(op, ALL_REDUCE, self.experts(op, normed, routing))

@@ -1,7 +1,6 @@
 """Small pieces that function bodies share. Everything here builds standard ONNX nodes."""
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
 import onnx_ir as ir
@@ -75,48 +74,6 @@ def subgraph(
     return op.builder.subgraph(scoped, inputs, outputs, name=name)
 
 
-def for_each_expert(
-    op: OpBuilder,
-    x: ir.Value,
-    offsets: ir.Value,
-    weights: Sequence[ir.Value],
-    width: ir.Value,
-    num_rows: ir.Value,
-    compute: Callable[..., ir.Value],
-) -> ir.Value:
-    """f32 [N, width]: `compute(op, x, start, end, *weights of one expert)` for the rows of each expert, in place.
-
-    Scans over the experts, so that memory is one expert's; an expert without rows is not read. `offsets` int32 [E+1]
-    are the row ranges, `weights` have the experts on axis 0, `width` and `num_rows` are int64 [1]. Rows that belong to
-    no expert are 0.
-    """
-    starts = i64(op, rows(op, offsets, 0, -1))
-    ends = i64(op, rows(op, offsets, 1, _END))
-    empty = op.ConstantOfShape(op.Concat(num_rows, width, axis=0), value=ir.tensor([0.0], dtype=FLOAT))
-
-    def one_expert(op: OpBuilder, state: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value) -> ir.Value:
-        first, last = op.Unsqueeze(start, [0]), op.Unsqueeze(end, [0])
-        has_rows = subgraph(op, lambda op: compute(op, x, first, last, *expert), [], [_f32()], "rows")
-        no_rows = subgraph(op, lambda op: rows(op, state, 0, 0), [], [_f32()], "none")
-        result = op.If(op.Less(start, end), then_branch=has_rows, else_branch=no_rows)
-        return op.ScatterND(state, op.Unsqueeze(op.Range(start, end, 1), [1]), result)
-
-    names = count()
-    body = subgraph(
-        op,
-        one_expert,
-        [
-            ir.val("state", FLOAT, [None, None]),
-            ir.val("start", INT64, []),
-            ir.val("end", INT64, []),
-            *(ir.val(f"weight_{next(names)}") for _ in weights),
-        ],
-        [ir.val(None, FLOAT, [None, None])],
-        "expert",
-    )
-    return op.Scan(empty, starts, ends, *weights, body=body, num_scan_inputs=2 + len(weights))
-
-
 def for_each_sequence(
     op: OpBuilder, query_start: ir.Value, nothing: ir.Value, append: Callable[..., ir.Value]
 ) -> ir.Value:
@@ -141,9 +98,6 @@ def for_each_sequence(
     )
     count = op.Sub(op.Squeeze(size(op, query_start, 0), [0]), 1)
     return op.Loop(count, True, nothing, body=body)
-
-
-_END = 2**62  # Slice clips it to the axis
 
 
 def _f32() -> ir.Value:

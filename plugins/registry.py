@@ -17,8 +17,8 @@ from angelforge.plugins.linear.operator import LINEAR
 from angelforge.plugins.moe_combine.operator import MOE_COMBINE
 from angelforge.plugins.moe_down.operator import MOE_DOWN
 from angelforge.plugins.moe_gate_up.operator import MOE_GATE_UP
+from angelforge.plugins.moe_logits.operator import MOE_LOGITS
 from angelforge.plugins.moe_route.operator import MOE_ROUTE
-from angelforge.plugins.moe_sort.operator import MOE_SORT
 from angelforge.plugins.norm.operator import NORM
 from angelforge.plugins.norm_quantize.operator import NORM_QUANTIZE
 from angelforge.plugins.operator import Operator
@@ -36,8 +36,8 @@ OPERATORS: dict[str, Operator] = {
         PAGED_ATTENTION,
         ATTENTION_MERGE,
         GATE_UP,
+        MOE_LOGITS,
         MOE_ROUTE,
-        MOE_SORT,
         MOE_GATE_UP,
         MOE_DOWN,
         MOE_COMBINE,

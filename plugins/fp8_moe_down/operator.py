@@ -3,8 +3,9 @@
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import for_each_expert, linear, rows, size
+from angelforge.plugins.body import linear, size
 from angelforge.plugins.fp8_body import dequantize, dequantize_weight
+from angelforge.plugins.moe_body import for_each_expert
 from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
 
 
@@ -14,30 +15,34 @@ def _body(
     inner_scale: ir.Value,
     down: ir.Value,
     down_scale: ir.Value,
-    expert_offsets: ir.Value,
+    expert_ids: ir.Value,
+    expert_tokens: ir.Value,
     dtype: AttributeRef,
 ) -> ir.Value:
-    def compute(op: OpBuilder, inner: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value) -> ir.Value:
-        return linear(op, rows(op, inner, start, end), dequantize_weight(op, *expert))
+    quantized, scale = (op.Reshape(v, op.Concat([-1], size(op, v, 2), axis=0)) for v in (inner, inner_scale))
+    flat = dequantize(op, quantized, scale)  # [T·k, I]
 
-    wide = dequantize(op, inner, inner_scale)
-    total = size(op, inner, 0)
-    result = for_each_expert(op, wide, expert_offsets, [down, down_scale], size(op, down, 1), total, compute)
+    def compute(op: OpBuilder, entries: ir.Value, *expert: ir.Value) -> ir.Value:
+        return linear(op, op.Gather(flat, entries, axis=0), dequantize_weight(op, *expert))
+
+    result = for_each_expert(op, expert_ids, [down, down_scale], size(op, down, 1), compute)
     return op.Cast(result, to=dtype.as_("to"))
 
 
 FP8_MOE_DOWN = Operator(
     name="Fp8MoEDown",
-    doc="expert_out[r] = inner[r] · down[e]ᵀ for sorted row r of expert e, promoted to f32 after every 128-wide block. "
-    "Rows of no expert are 0.",
+    doc="expert_out[t, j] = inner[t, j] · down[e]ᵀ for expert e = expert_ids[t, j], promoted to f32 after every "
+    "128-wide block. Entries that name no expert are 0. expert_tokens says the same as expert_ids, as MoERoute "
+    "describes it.",
     inputs=(
-        Port("inner", "FLOAT8E4M3FN", ("N", "I")),
-        Port("inner_scale", "FLOAT", ("N", "IG")),
+        Port("inner", "FLOAT8E4M3FN", ("T", "k", "I")),
+        Port("inner_scale", "FLOAT", ("T", "k", "IG")),
         Port("down", "FLOAT8E4M3FN", ("E", "H", "I")),
         Port("down_scale", "FLOAT", ("E", "HG", "IG")),
-        Port("expert_offsets", "INT32", ("E1",)),
+        Port("expert_ids", "INT32", ("T", "k")),
+        Port("expert_tokens", "INT32", ("E", "words")),
     ),
-    outputs=(Port("expert_out", "dtype", ("N", "H")),),
+    outputs=(Port("expert_out", "dtype", ("T", "k", "H")),),
     attributes=(Attribute("dtype", int, "element type of the output"),),
     body=_body,
 )

@@ -3,9 +3,10 @@
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import for_each_expert, i64, integer, linear, rows, size, swiglu
+from angelforge.plugins.body import linear, size, swiglu
 from angelforge.plugins.fp8_body import BLOCK, dequantize, dequantize_weight, quantize
-from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
+from angelforge.plugins.moe_body import for_each_expert, token_of_entry
+from angelforge.plugins.operator import Operator, Port
 
 
 def _body(
@@ -16,29 +17,31 @@ def _body(
     gate_scale: ir.Value,
     up: ir.Value,
     up_scale: ir.Value,
-    expert_offsets: ir.Value,
-    order: ir.Value,
-    experts_per_token: AttributeRef,
+    expert_ids: ir.Value,
+    expert_tokens: ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
-    token = op.Div(i64(op, order), integer(op, experts_per_token))
+    wide, width = dequantize(op, x, x_scale), size(op, gate, 1)
 
-    def compute(op: OpBuilder, x: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value) -> ir.Value:
+    def compute(op: OpBuilder, entries: ir.Value, *expert: ir.Value) -> ir.Value:
         gate, gate_scale, up, up_scale = expert
-        own = op.Gather(x, rows(op, token, start, end), axis=0)
+        own = op.Gather(wide, token_of_entry(op, entries, expert_ids), axis=0)
         gated = linear(op, own, dequantize_weight(op, gate, gate_scale))
         return swiglu(op, gated, linear(op, own, dequantize_weight(op, up, up_scale)))
 
-    weights = [gate, gate_scale, up, up_scale]
-    wide = dequantize(op, x, x_scale)
-    inner = for_each_expert(op, wide, expert_offsets, weights, size(op, gate, 1), size(op, order, 0), compute)
-    return quantize(op, inner)
+    inner = for_each_expert(op, expert_ids, [gate, gate_scale, up, up_scale], width, compute)
+    quantized, scale = quantize(op, op.Reshape(inner, op.Concat([-1], width, axis=0)))
+    entries = op.Shape(expert_ids)
+    return (
+        op.Reshape(quantized, op.Concat(entries, width, axis=0)),
+        op.Reshape(scale, op.Concat(entries, size(op, scale, 1), axis=0)),
+    )
 
 
 FP8_MOE_GATE_UP = Operator(
     name="Fp8MoEGateUp",
-    doc="inner, inner_scale [r] = silu(x[t] · gate[e]ᵀ) · (x[t] · up[e]ᵀ) in e4m3 by groups of 128, for sorted row r "
-    "of token t = order[r] // experts_per_token and expert e; f32 between matmul, SwiGLU and requantisation. Rows of "
-    "no expert are 0.",
+    doc="inner, inner_scale [t, j] = silu(x[t] · gate[e]ᵀ) · (x[t] · up[e]ᵀ) in e4m3 by groups of 128, for expert e = "
+    "expert_ids[t, j]; f32 between matmul, SwiGLU and requantisation. Entries that name no expert are 0. "
+    "expert_tokens says the same as expert_ids, as MoERoute describes it.",
     inputs=(
         Port("x", "FLOAT8E4M3FN", ("T", "H")),
         Port("x_scale", "FLOAT", ("T", "HG")),
@@ -46,11 +49,10 @@ FP8_MOE_GATE_UP = Operator(
         Port("gate_scale", "FLOAT", ("E", "IG", "HG")),
         Port("up", "FLOAT8E4M3FN", ("E", "I", "H")),
         Port("up_scale", "FLOAT", ("E", "IG", "HG")),
-        Port("expert_offsets", "INT32", ("E1",)),
-        Port("order", "INT32", ("N",)),
+        Port("expert_ids", "INT32", ("T", "k")),
+        Port("expert_tokens", "INT32", ("E", "words")),
     ),
-    outputs=(Port("inner", "FLOAT8E4M3FN", ("N", "I")), Port("inner_scale", "FLOAT", ("N", "G"))),
-    attributes=(Attribute("experts_per_token", int, "entries a token has in order"),),
+    outputs=(Port("inner", "FLOAT8E4M3FN", ("T", "k", "I")), Port("inner_scale", "FLOAT", ("T", "k", "G"))),
     derive={"G": lambda d: (d["I"] + (BLOCK - 1)) // BLOCK},
     body=_body,
 )

@@ -3,27 +3,32 @@
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import for_each_expert, linear, rows, size
+from angelforge.plugins.body import linear, size
+from angelforge.plugins.moe_body import for_each_expert
 from angelforge.plugins.operator import Operator, Port
 
 
-def _body(op: OpBuilder, inner: ir.Value, down: ir.Value, expert_offsets: ir.Value) -> ir.Value:
-    def compute(op: OpBuilder, inner: ir.Value, start: ir.Value, end: ir.Value, down: ir.Value) -> ir.Value:
-        return linear(op, rows(op, inner, start, end), down)
+def _body(op: OpBuilder, inner: ir.Value, down: ir.Value, expert_ids: ir.Value, expert_tokens: ir.Value) -> ir.Value:
+    flat = op.Reshape(inner, op.Concat([-1], size(op, inner, 2), axis=0))
 
-    result = for_each_expert(op, inner, expert_offsets, [down], size(op, down, 1), size(op, inner, 0), compute)
+    def compute(op: OpBuilder, entries: ir.Value, down: ir.Value) -> ir.Value:
+        return linear(op, op.Gather(flat, entries, axis=0), down)
+
+    result = for_each_expert(op, expert_ids, [down], size(op, down, 1), compute)
     return op.CastLike(result, inner)
 
 
 MOE_DOWN = Operator(
     name="MoEDown",
-    doc="expert_out[r] = inner[r] · down[e]ᵀ for sorted row r of expert e, f32 sums. Rows of no expert are 0.",
+    doc="expert_out[t, j] = inner[t, j] · down[e]ᵀ for expert e = expert_ids[t, j], f32 sums. Entries that name no "
+    "expert are 0. expert_tokens says the same as expert_ids, as MoERoute describes it.",
     inputs=(
-        Port("inner", "A", ("N", "I")),
+        Port("inner", "A", ("T", "k", "I")),
         Port("down", "W", ("E", "H", "I")),
-        Port("expert_offsets", "INT32", ("E1",)),
+        Port("expert_ids", "INT32", ("T", "k")),
+        Port("expert_tokens", "INT32", ("E", "words")),
     ),
-    outputs=(Port("expert_out", "A", ("N", "H")),),
+    outputs=(Port("expert_out", "A", ("T", "k", "H")),),
     types={"A": ("FLOAT", "BFLOAT16"), "W": ("FLOAT", "BFLOAT16")},
     body=_body,
 )

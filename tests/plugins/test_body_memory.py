@@ -15,10 +15,12 @@ from angelforge.exporter.measure import peak_memory
 experts, width, hidden = int(sys.argv[1]), 256, 512
 weight = np.ones((experts, width, hidden), ml_dtypes.float8_e4m3fn)
 scale = np.ones((experts, 2, 4), np.float32)
-rows = np.arange(experts + 1, dtype=np.int32)  # one row each
+choice = np.arange(experts, dtype=np.int32)[None, :]  # one token takes them all
+bits = np.zeros((experts, 4), np.int32)
+bits[:, 0] = 1
 case = Case("Fp8MoEGateUp", (
     np.ones((1, hidden), ml_dtypes.float8_e4m3fn), np.ones((1, 4), np.float32),
-    weight, scale, weight, scale, rows, np.zeros(experts, np.int32)), {"experts_per_token": 1})
+    weight, scale, weight, scale, choice, bits), {})
 model = ir.to_proto(one_node_model(case)).SerializeToString()
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 values = case.ort_values()

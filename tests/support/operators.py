@@ -83,9 +83,11 @@ def ints(*values: Any) -> np.ndarray:
 
 
 T, H, HEADS, KV_HEADS, D, PAGE, PAGES = 5, 160, 4, 2, 8, 4, 6  # 160: a ragged block of 128 + 32
-E, TOP_K, WIDTH, N = 6, 2, 136, 10
-OFFSETS = ints(0, 2, 2, 5, 8, 9, 10)  # expert 1 has no row
-ORDER = RNG.permutation(N).astype(np.int32)
+E, TOP_K, WIDTH = 6, 2, 136
+EXPERT_IDS = ints([0, 5], [2, 0], [-1, -1], [3, 2], [4, 3])  # expert 1 has no token, token 2 is padding
+EXPERT_TOKENS = ints([3, 0, 0, 0], [0] * 4, [10, 0, 0, 0], [24, 0, 0, 0], [16, 0, 0, 0], [1, 0, 0, 0])
+CHOICE = (EXPERT_IDS, EXPERT_TOKENS)
+STACK = floats(E, WIDTH, H, scale=0.1)
 POSITIONS = ints(0, 1, 2, 5, 0)
 SLOTS, ROPE = ints(4, 5, 6, 17, 0), (floats(16, 2), floats(16, 2))
 STARTS, LENGTHS = ints(0, 3, 4, 4), ints(3, 6, 0)  # the third sequence is empty, the last token is padding
@@ -113,24 +115,24 @@ CASES = [
     Case("AttentionMergeQuantize", PARTS, {"split_length": 4}),
     Case("GateUp", (floats(T, H), floats(9, H, scale=0.1), floats(9, H, scale=0.1)), {}),
     Case("Fp8GateUp", (fp8(T, H), scales(T, 2), fp8(WIDTH, H), scales(2, 2), fp8(WIDTH, H), scales(2, 2)), {}),
+    Case("MoELogits", (floats(T, H), floats(E, H, scale=0.1)), {}),
     Case(
         "MoERoute",
-        (floats(T, H), floats(E, H, scale=0.1), floats(E, scale=0.1), ints(4)),
+        (floats(T, E), floats(E, scale=0.1), ints(4)),
         {"top_k": TOP_K, "n_group": 3, "topk_group": 2, "num_shared_experts": 1, "routed_scaling_factor": 2.5},
     ),
-    Case("MoESort", (ints([0, 5], [2, 0], [-1, -1], [3, 2], [4, 3]),), {"num_experts": E}),
-    Case(
-        "MoEGateUp",
-        (floats(T, H), floats(E, WIDTH, H, scale=0.1), floats(E, WIDTH, H, scale=0.1), OFFSETS, ORDER),
-        {"experts_per_token": TOP_K},
-    ),
-    Case("MoEDown", (floats(N, WIDTH), floats(E, H, WIDTH, scale=0.1), OFFSETS), {}),
+    Case("MoEGateUp", (floats(T, H), STACK, STACK[::-1], *CHOICE), {}),
+    Case("MoEDown", (floats(T, TOP_K, WIDTH), floats(E, H, WIDTH, scale=0.1), *CHOICE), {}),
     Case(
         "Fp8MoEGateUp",
-        (fp8(T, H), scales(T, 2), fp8(E, WIDTH, H), scales(E, 2, 2), fp8(E, WIDTH, H), scales(E, 2, 2), OFFSETS, ORDER),
-        {"experts_per_token": TOP_K},
+        (fp8(T, H), scales(T, 2), fp8(E, WIDTH, H), scales(E, 2, 2), fp8(E, WIDTH, H), scales(E, 2, 2), *CHOICE),
+        {},
     ),
-    Case("Fp8MoEDown", (fp8(N, WIDTH), scales(N, 2), fp8(E, H, WIDTH), scales(E, 2, 2), OFFSETS), {"dtype": F32}),
-    Case("MoECombine", (floats(N, H), ORDER, floats(T, TOP_K)), {"num_shared_experts": 1}),
+    Case(
+        "Fp8MoEDown",
+        (fp8(T, TOP_K, WIDTH), scales(T, TOP_K, 2), fp8(E, H, WIDTH), scales(E, 2, 2), *CHOICE),
+        {"dtype": F32},
+    ),
+    Case("MoECombine", (floats(T, TOP_K, H), floats(T, TOP_K)), {"num_shared_experts": 1}),
     Case("AllReduce", (floats(T, H),), {}),
 ]
