@@ -61,7 +61,8 @@ def first_overflow(before: Array, after: Array) -> int | None:
     """The flat index of the first value that was finite `before` and is not `after`; None if there is none."""
     if _all_finite(after):
         return None
-    created = ~np.isfinite(after) & np.isfinite(before)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        created = ~np.isfinite(after) & np.isfinite(before)
     return int(created.argmax()) if created.any() else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from angelforge.checkpoint import Checkpoint
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.conversion import convert, dequantize, first_overflow
-from angelforge.exporter.layout import SCALE, BundleTensor, Shard
+from angelforge.exporter.layout import SCALE, Shard
 from angelforge.exporter.openfiles import OpenFiles
 from angelforge.exporter.pieces import Piece, RopeTable
 from angelforge.rope import rope_tables
@@ -45,18 +45,15 @@ class Run(Protocol):
 def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles) -> Iterator[Run]:
     """The runs of a whole file in order; each is made when it is asked for."""
     yield _Bytes(memoryview(shard.header))
+    tables = cache(rope_tables)  # cos and sin come together; forgotten at the end of the file
     for tensor in shard.tensors:
-        yield from _tensor_runs(tensor, checkpoint, files)
-
-
-def _tensor_runs(tensor: BundleTensor, checkpoint: Checkpoint, files: OpenFiles) -> Iterator[Run]:
-    if isinstance(tensor.source, RopeTable):
-        cos, sin = rope_tables(tensor.source.config, tensor.shape[0])
-        table = np.ascontiguousarray(cos if tensor.source.function == "cos" else sin)
-        yield _Bytes(memoryview(table.view(np.uint8).reshape(-1).data))
-    elif isinstance(tensor.source, tuple):
-        for piece in tensor.source:
-            yield _piece_run(piece, tensor.dtype, checkpoint, files)
+        if isinstance(tensor.source, RopeTable):
+            cos, sin = tables(tensor.source.config, tensor.shape[0])
+            table = np.ascontiguousarray(cos if tensor.source.function == "cos" else sin)
+            yield _Bytes(memoryview(table.view(np.uint8).reshape(-1).data))
+        elif isinstance(tensor.source, tuple):
+            for piece in tensor.source:
+                yield _piece_run(piece, tensor.dtype, checkpoint, files)
 
 
 def _piece_run(piece: Piece, target: DType, checkpoint: Checkpoint, files: OpenFiles) -> Run:
