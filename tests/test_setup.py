@@ -65,7 +65,7 @@ def test_changes_are_seen(checkout: Path, change: str) -> None:
         (checkout / change).write_text("# other versions\n")
     result = setup(checkout, "/not/there", *extra)
     assert result.returncode == 1
-    assert "needs Python 3.10 or newer; '/not/there' is" in result.stderr
+    assert f"needs Python {'3.11' if extra else '3.10'} or newer; '/not/there' is" in result.stderr
 
 
 def test_old_python(checkout: Path) -> None:
