@@ -1,23 +1,15 @@
 """Matmuls of e4m3 activations and weights in blocks of 128, for kernels with one weight and with gate and up.
 
-The tensor core sums one block of 128; blocks are summed in f32 in the order of K, whatever the tile: a row's result does
-not depend on how many rows there are. `first` is a tile's first output channel, `rows` int64 [m] are rows of x that
-exist, `unknown` is any value ≥ 0 that is known at run time only.
+The tensor core sums one block of 128; blocks are summed in f32 in the order of K, whatever the tile: a row's result
+does not depend on how many rows there are. `first` is a tile's first output channel, `rows` int64 [m] are rows of x
+that exist, `unknown` is any value ≥ 0 that is known at run time only.
 """
 
 import triton
 import triton.language as tl
 
+from angelforge.plugins.device.matmul import load_part, product, weight_rows
 from angelforge.plugins.device.numbers import group_scale, opaque, quantize, swiglu
-
-
-@triton.jit
-def _product(x, w, sum, m: tl.constexpr):
-    """sum + x [m, k] · w [n, k]ᵀ. Fewer than 64 rows go to the tensor core's narrow side: then the sum is [n, m]."""
-    if m < 64:
-        return tl.dot(w, tl.trans(x), sum)
-    else:  # noqa: RET505  # Triton compiles what follows an if, too
-        return tl.dot(x, tl.trans(w), sum)
 
 
 @triton.jit
@@ -33,24 +25,6 @@ def _promoted(total, block, scale, step, parts: tl.constexpr):
         return total + block * scale
     else:  # noqa: RET505
         return tl.where(step % parts == parts - 1, total + block * scale, total)
-
-
-@triton.jit
-def _load(pointers, start, depth: tl.constexpr, k: tl.constexpr):
-    """A tile [., k] at column `start`; columns from `depth` on are 0."""
-    if depth % k == 0:
-        return tl.load(pointers + start)
-    else:  # noqa: RET505
-        return tl.load(pointers + start, mask=(start + tl.arange(0, k) < depth)[None, :], other=0.0)
-
-
-@triton.jit
-def _weight_rows(w, first, channels: tl.constexpr, depth: tl.constexpr, n: tl.constexpr, k: tl.constexpr):
-    """Pointers [n, k] to weight rows `first`…; beyond the last one, the last."""
-    channel = first + tl.arange(0, n)
-    if channels % n != 0:
-        channel = tl.minimum(channel, channels - 1)
-    return w + channel.to(tl.int64)[:, None] * depth + tl.arange(0, k)[None, :]
 
 
 @triton.jit
@@ -72,7 +46,7 @@ def fp8_matmul(
     groups: tl.constexpr = (depth + 128 - 1) // 128
     parts: tl.constexpr = 128 // k
     x_tile = x + rows[:, None] * depth + tl.arange(0, k)[None, :]
-    w_tile = _weight_rows(w, first, channels, depth, n, k)
+    w_tile = weight_rows(w, first, channels, depth, n, k)
     x_scales = x_scale + rows * groups
     w_scales = w_scale + first // 128 * groups
     narrow: tl.constexpr = m < 64
@@ -80,8 +54,8 @@ def fp8_matmul(
     total, block = zero, zero
     for step in range(opaque(groups * parts, unknown)):
         group = step // parts
-        x_part, w_part = _load(x_tile, step * k, depth, k), _load(w_tile, step * k, depth, k)
-        block = _product(x_part, w_part, _continued(block, zero, step, parts), m)
+        x_part, w_part = load_part(x_tile, step * k, depth, k), load_part(w_tile, step * k, depth, k)
+        block = product(x_part, w_part, _continued(block, zero, step, parts), m)
         scale = tl.load(x_scales + group) * tl.load(w_scales + group)
         total = _promoted(total, block, tl.expand_dims(scale, 0 if narrow else 1), step, parts)
     return tl.trans(total) if narrow else total
@@ -164,10 +138,10 @@ def _gate_up_halves(
         step = turn % steps
         channel = tl.minimum(first + turn // steps * 64 + tl.arange(0, 64), channels - 1).to(tl.int64)
         offsets = channel[:, None] * depth + tl.arange(0, k)[None, :]
-        x_part = _load(x_tile, step * k, depth, k)
-        gate_part, up_part = _load(gate + offsets, step * k, depth, k), _load(up + offsets, step * k, depth, k)
-        gate_block = _product(x_part, gate_part, _continued(gate_block, zero, step, parts), m)
-        up_block = _product(x_part, up_part, _continued(up_block, zero, step, parts), m)
+        x_part = load_part(x_tile, step * k, depth, k)
+        gate_part, up_part = load_part(gate + offsets, step * k, depth, k), load_part(up + offsets, step * k, depth, k)
+        gate_block = product(x_part, gate_part, _continued(gate_block, zero, step, parts), m)
+        up_block = product(x_part, up_part, _continued(up_block, zero, step, parts), m)
         group = step // parts
         scale = tl.expand_dims(tl.load(x_scale + rows * groups + group), 0 if narrow else 1)
         low_gated, low_upped = tl.where(turn == steps, gated, low_gated), tl.where(turn == steps, upped, low_upped)

@@ -23,6 +23,17 @@ def row_grid(dims: Mapping[str, Any], gpu: Gpu, tile: Tile) -> tuple[Any, int, i
     return dims["T"], 1, 1
 
 
+def norm_constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
+    """The constants of kernels that normalise rows of H channels, as `device.norm` names them."""
+    return {"width": dims["H"], "groups": tile.n // 128, "epsilon": dims["epsilon"]}
+
+
+def norm_tile(dims: Mapping[str, Any], tokens: int) -> Tile:
+    """A whole row a block, 16 channels a thread."""
+    row = max(128, 1 << (dims["H"] - 1).bit_length())
+    return Tile(m=1, n=row, warps=min(16, max(1, row // 512)), stages=1)
+
+
 def require_bf16(name: str, types: Mapping[str, ir.DataType], *ports: str) -> None:
     """Refuses types that have no tensor-core kernel.
 

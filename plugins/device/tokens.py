@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(tokens, channels: tl.constexpr, m: tl.constexpr, n: tl.constexpr):
-    """(tokens [m] int64, rows that exist [m] int64, first channel) of this program's tile of a [tokens, channels] output.
+    """(token [m], existing row [m], both int64; first channel) of this program's tile of a [tokens, channels] output.
 
     Programs that share weights are neighbours in time when there are few tokens, those that share tokens otherwise:
     with g = 8 row tiles a group, what a wave of programs reads stays in the L2 cache.

@@ -1,7 +1,8 @@
 """Runs an operator's function body in ONNX tools, as the truth that its kernel is compared with.
 
 ONNX Runtime has no bf16 arithmetic on a CPU, only casts: `run_body` takes bf16 where the body widens at once (matmuls,
-embedding); `run_reference` computes in bf16 node by node and serves the rest.
+embedding); `run_reference` computes in bf16 node by node and serves the rest. onnx's own RMSNormalization ignores
+`stash_type` and sums squares in bf16; the one here follows the standard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET, Operator
 
@@ -59,12 +61,32 @@ def run_body(operator: Operator, inputs: Sequence[np.ndarray], attributes: Attri
     return _typed(operator, inputs, attributes, [value.numpy() for value in results])
 
 
+class RMSNormalization(OpRun):
+    """The standard's definition: f32 inside (stash_type 1), cast to the type of x, then scaled in that type."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, scale: Any, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> tuple[Any]:
+        assert axis == -1
+        assert stash_type == ir.DataType.FLOAT
+        wide = x.astype(np.float32)
+        mean = np.mean(wide * wide, axis=-1, keepdims=True, dtype=np.float32)
+        return ((wide / np.sqrt(mean + np.float32(epsilon))).astype(x.dtype) * scale,)
+
+
+class _Evaluator(ReferenceEvaluator):
+    """onnx's evaluator, in functions too (it makes them by its own class) with the operator above."""
+
+    def __init__(self, proto: Any, **options: Any) -> None:
+        super().__init__(proto, **{**options, "new_ops": [RMSNormalization]})
+
+
 def run_reference(operator: Operator, inputs: Sequence[np.ndarray], attributes: Attributes) -> tuple[np.ndarray, ...]:
     """The body's outputs in onnx's ReferenceEvaluator; bf16 and FP8 as ml_dtypes arrays."""
     model = body_model(operator, inputs, attributes)
     feeds = {value.name: array for value, array in zip(model.graph.input, inputs, strict=True)}
     with np.errstate(all="ignore"):
-        return _typed(operator, inputs, attributes, ReferenceEvaluator(model).run(None, feeds))
+        return _typed(operator, inputs, attributes, _Evaluator(model).run(None, feeds))
 
 
 def _typed(
