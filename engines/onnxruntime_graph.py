@@ -73,8 +73,8 @@ def optimize(model: ir.Model) -> bytes:
 def _fit_opset(model: ir.Model) -> None:
     if Version(onnxruntime.__version__) >= FIRST_WITH_OPSET_24:
         return
-    for graph in (model, *model.functions.values()):
-        graph.opset_imports[""] = OLDER_OPSET
+    for opsets in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        opsets[""] = OLDER_OPSET
 
 
 def _place_sparse_files(model: ir.Model, root: Path) -> None:
