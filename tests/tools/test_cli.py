@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,20 +155,23 @@ def test_a_module_that_is_no_command_cannot_be_called() -> None:
     assert CliRunner().invoke(cli.main, ["output"]).exit_code == 2
 
 
+def run_in_shell(args: str, redirect: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with redirections as a shell does them."""
+    command = f"{shlex.quote(sys.executable)} -m angelforge.tools {args} {redirect}"
+    return subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+
+
 @pytest.mark.parametrize("redirect", ["| true", ">&-", "2>&- >&-"])
 def test_reader_that_goes_away_is_quiet(redirect: str) -> None:
     """A reader that ends early and closed outputs show no traceback."""
-    command = f"{sys.executable} -m angelforge.tools doctor --json {redirect}"
-    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
-    assert "Traceback" not in result.stderr
+    assert run_in_shell("doctor --json", redirect).stderr == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("args", ["--help", "doctor --json"])
 def test_full_disk_behind_the_output(args: str) -> None:
     """Output that cannot be written is a failure with a sentence."""
-    command = f"{sys.executable} -m angelforge.tools {args} > /dev/full"
-    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    result = run_in_shell(args, "> /dev/full")
     assert result.returncode in (1, 120)  # 120: Python could not flush its output at the end
     assert result.stderr.startswith("error: no space left on device. Free some space")
     assert "Traceback" not in result.stderr
