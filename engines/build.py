@@ -1,5 +1,6 @@
 """Builds a bundle's engine for a target: plan, profiles, engine, and the manifest beside it."""
 
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ from angelforge.diskerrors import explained
 from angelforge.engines.limits import BuildOptions, choose_limits, plan_build
 from angelforge.engines.manifest import FILE, EngineManifest, bundle_facts, engine_folder, file_digest
 from angelforge.engines.network import prepare_network
+from angelforge.engines.plan_types import Plan
 from angelforge.engines.profiles import Profile, make_profiles
 from angelforge.engines.shapes import check_volumes
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
@@ -42,7 +44,7 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
     if target.backend == "tensorrt":
         gpu = require_gpu()
         _check_gpu(gpu, target)
-    model, profiles = prepare_build(bundle, target, options)
+    prepared = prepare_build(bundle, target, options)
     library = library_of(target)
     folder = engine_folder(bundle, target.name)
     with explained("write", folder):
@@ -50,9 +52,9 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
     with lock(folder / ".lock"):
         remove_leftovers(folder)
         request = EngineRequest(
-            library, target.architecture, profiles, options.optimization_level, folder / TIMING_CACHE
+            library, target.architecture, prepared.profiles, options.optimization_level, folder / TIMING_CACHE
         )
-        engine = build_engine(model, request, folder / LOG, report)
+        engine = build_engine(prepared.model, request, folder / LOG, report)
         digest = sha256(engine).hexdigest()
         # Named by content: until the manifest is renamed, it names the last good engine, which is still there.
         name = f"model-{digest[:16]}.engine"
@@ -71,7 +73,7 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
             driver=gpu.driver if gpu else None,
             tensor_parallel=options.tensor_parallel,
             kernels=kernel_digests(bundle),
-            profiles=[profile.to_dict() for profile in profiles],
+            profiles=[profile.to_dict() for profile in prepared.profiles],
             options=options.to_dict(),
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=round(perf_counter() - begin, 3),
@@ -82,24 +84,34 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
     return manifest
 
 
-def prepare_build(bundle: Bundle, target: Target, options: BuildOptions) -> tuple[ir.Model, tuple[Profile, ...]]:
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before TensorRT starts."""
+
+    model: ir.Model  # for the parser
+    weights: tuple[str, ...]  # inputs that are weights
+    profiles: tuple[Profile, ...]
+    plan: Plan
+
+
+def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fit: bool = True) -> Prepared:
     """The graph for the parser, and the profiles, checked against each other.
 
     Raises:
-        AngelForgeError: the model does not fit, or the graph is not one that TensorRT can take.
+        AngelForgeError: the model must fit and does not, or the graph is not one that TensorRT can take.
         UsageError: options that contradict each other.
     """
+    planned = plan_build(bundle, target, options)
     role = "target" if options.tensor_parallel == 1 else f"target-tp{options.tensor_parallel}"
     if role not in bundle.manifest.graphs:
         raise UsageError(
             f"The bundle has no graph for {options.tensor_parallel} ranks, only {', '.join(bundle.manifest.graphs)}."
         )
-    planned = plan_build(bundle, target, options)
     model = ir.load(bundle.folder / bundle.manifest.graphs[role])
-    prepare_network(model, options.tensor_parallel)
-    profiles = make_profiles(choose_limits(bundle, model, planned, options))
+    weights = prepare_network(model, options.tensor_parallel)
+    profiles = make_profiles(choose_limits(bundle, model, planned, options, must_fit))
     check_volumes(model, {symbol: sizes.most for symbol, sizes in profiles[-1].symbols().items()})
-    return model, profiles
+    return Prepared(model, weights, profiles, planned)
 
 
 def library_of(target: Target) -> Library:

@@ -59,14 +59,18 @@ def plan_build(bundle: Bundle, target: Target, options: BuildOptions) -> Plan:
     )
 
 
-def choose_limits(bundle: Bundle, model: ir.Model, planned: Plan, options: BuildOptions) -> StepLimits:
+def choose_limits(
+    bundle: Bundle, model: ir.Model, planned: Plan, options: BuildOptions, must_fit: bool = True
+) -> StepLimits:
     """The sizes that the engine of `model` serves; the pool takes what memory the plan leaves for it.
+
+    A model that does not fit gets a pool for one sequence where it need not fit.
 
     Raises:
         AngelForgeError: the model does not fit on the target; with the figures and what helps.
         UsageError: the options contradict each other or the graph.
     """
-    if not planned.fits and options.pages is None:
+    if must_fit and not planned.fits and options.pages is None:
         helps = f" What helps: {'; '.join(planned.remedies)}." if planned.remedies else ""
         raise AngelForgeError(f"The model does not fit on {planned.target}: {planned.problem}{helps}")
     manifest = bundle.manifest

@@ -13,8 +13,10 @@ ALL_REDUCE = "AllReduce"
 _AGAIN = "Export the bundle again with this version of angelforge."
 
 
-def prepare_network(model: ir.Model, ranks: int = 1) -> None:
+def prepare_network(model: ir.Model, ranks: int = 1) -> tuple[str, ...]:
     """Rewrites `model` in place for the parser; the graph is one that the exporter writes for `ranks` ranks.
+
+    Returns the names of the weights, now network inputs.
 
     Raises:
         AngelForgeError: the graph has an operator, attribute, type or shape that the operators' definitions forbid.
@@ -28,7 +30,7 @@ def prepare_network(model: ir.Model, ranks: int = 1) -> None:
         elif node.domain == DOMAIN:
             # Part of the name by which the parser looks a plugin up; without it the parser takes version 1.
             node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(_operator(node).version))
-    _weights_to_inputs(model.graph)
+    return _weights_to_inputs(model.graph)
 
 
 def check_operators(model: ir.Model) -> None:
@@ -86,11 +88,12 @@ def _replace_all_reduce(graph: ir.Graph, node: ir.Node, ranks: int) -> None:
     graph.remove(node, safe=True)
 
 
-def _weights_to_inputs(graph: ir.Graph) -> None:
-    weights = list(graph.initializers.values())
+def _weights_to_inputs(graph: ir.Graph) -> tuple[str, ...]:
+    weights = dict(graph.initializers)
     graph.initializers.clear()
     known = set(graph.inputs)
-    for weight in weights:
+    for weight in weights.values():
         weight.const_value = None
         if weight not in known:
             graph.inputs.append(weight)
+    return tuple(weights)
