@@ -12,7 +12,7 @@ from typing import Any
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.tensorrt.dims import from_expressions, to_expressions
-from angelforge.plugins.tensorrt.fields import declared_fields, from_fields, to_fields
+from angelforge.plugins.tensorrt.fields import empty_arrays, from_fields, to_arrays, to_fields
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.plugins.tensorrt.types import from_tensorrt, to_tensorrt
 
@@ -32,6 +32,7 @@ class _Plugin:
         for base in _bases(self.api):
             base.__init__(self)
         self.operator, self.attributes = operator, attributes
+        self.arrays = to_arrays(operator, attributes)
         self.plugin_name, self.plugin_namespace = operator.name, DOMAIN
         self.plugin_version = str(operator.version)
         self.num_outputs = len(operator.outputs)
@@ -96,7 +97,7 @@ class _Plugin:
 
     def get_fields_to_serialize(self) -> Any:
         """The attributes."""
-        return to_fields(self.api, self.operator, self.attributes)
+        return to_fields(self.api, self.operator, self.arrays)
 
     def enqueue(
         self,
@@ -126,7 +127,8 @@ class _Creator:
         self.operator = operator
         self.name, self.plugin_namespace = operator.name, DOMAIN
         self.plugin_version = str(operator.version)
-        self.field_names = declared_fields(self.api, operator)
+        self.arrays = empty_arrays(operator)
+        self.field_names = to_fields(self.api, operator, self.arrays)
 
     def create_plugin(self, name: str, fields: Any, phase: Any) -> _Plugin:
         """A plugin for the node `name`."""
