@@ -60,33 +60,45 @@ class Checkpoint:
         first few of each.
         """
         expected = expected_tensors(self.config)
-        dropped = frozenset(self.dropped)
-        present = {name: info for name, info in self.tensors.items() if name in expected}
-        mistyped = {name: info for name, info in present.items() if info.dtype not in expected[name].dtypes}
-        kinds = {
-            "missing": [name for name in expected if name not in self.tensors],
-            "unexpected": [name for name in self.tensors if name not in expected and name not in dropped],
-            "of another shape": [
-                f"{name} is {list(info.shape)}, expected {list(expected[name].shape)}"
-                for name, info in present.items()
-                if info.shape != expected[name].shape
-            ],
-            "of another type": [_type_problem(info, expected[name]) for name, info in mistyped.items()],
-        }
-        problems = [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names]
+        problems = tensor_problems(self.tensors, expected, frozenset(self.dropped))
         if problems:
             raise AngelForgeError(
                 f"The tensors of {self.folder} do not fit its config.json: {'; '.join(problems)}. "
-                f"{self._advice(mistyped)}"
+                f"{self._advice(expected)}"
             )
 
-    def _advice(self, mistyped: Mapping[str, TensorInfo]) -> str:
+    def _advice(self, expected: Mapping[str, ExpectedTensor]) -> str:
+        mistyped = any(
+            info.dtype not in expected[name].dtypes for name, info in self.tensors.items() if name in expected
+        )
         stored_fp8 = any(info.dtype is DType.F8_E4M3 for info in self.tensors.values())
         if stored_fp8 and self.config.quantization is None:
             return "They are FP8, but config.json has no quantization_config: fetch the one that belongs to them."
         if mistyped and not stored_fp8 and self.config.quantization is not None:
             return "config.json says FP8, but no tensor is: fetch the config.json that belongs to them."
         return "Fetch the checkpoint again, or the config.json that belongs to it."
+
+
+def tensor_problems(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, ExpectedTensor], dropped: frozenset[str] = frozenset()
+) -> list[str]:
+    """What of a checkpoint's headers is not as expected: counts and the first few names of each kind."""
+    present = {name: info for name, info in tensors.items() if name in expected}
+    kinds = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected and name not in dropped],
+        "of another shape": [
+            f"{name} is {list(info.shape)}, expected {list(expected[name].shape)}"
+            for name, info in present.items()
+            if info.shape != expected[name].shape
+        ],
+        "of another type": [
+            _type_problem(info, expected[name])
+            for name, info in present.items()
+            if info.dtype not in expected[name].dtypes
+        ],
+    }
+    return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names]
 
 
 def _type_problem(info: TensorInfo, expected: ExpectedTensor) -> str:

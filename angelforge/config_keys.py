@@ -62,7 +62,9 @@ SUSPICIOUS = (
 )
 
 
-def check_other_keys(config: Section) -> tuple[str, ...]:
+def check_other_keys(
+    config: Section, advice: str = "Only BailingMoeV2 models as published can be exported."
+) -> tuple[str, ...]:
     """Judges every key that nothing has read; returns notes on what is ignored.
 
     Raises one AngelForgeError that names all keys whose value would change the mathematics.
@@ -78,8 +80,7 @@ def check_other_keys(config: Section) -> tuple[str, ...]:
     wrong += [f"{key} is {describe(config.raw[key])} (AngelForge does not know this key)" for key in suspicious]
     if wrong:
         raise AngelForgeError(
-            f"{config.source} asks for mathematics that AngelForge does not have: {'; '.join(wrong)}. "
-            "Only BailingMoeV2 models as published can be exported."
+            f"{config.source} asks for mathematics that AngelForge does not have: {'; '.join(wrong)}. {advice}"
         )
     ignored = [key for key in unknown if key not in suspicious]
     return (f"Ignored keys that AngelForge does not know: {', '.join(ignored)}.",) if ignored else ()

@@ -46,7 +46,7 @@ def read_fields(raw: object, generation: Mapping[str, Any] | None, source: str) 
         "rms_norm_eps": config.number("rms_norm_eps"),
         "use_qk_norm": config.boolean("use_qk_norm", True),
         "tie_word_embeddings": config.boolean("tie_word_embeddings", False),
-        "torch_dtype": _read_dtype(config),
+        "torch_dtype": read_dtype(config),
         **_read_special_tokens(config, generation, notes),
         "quantization": read_quantization(config),
     }
@@ -82,7 +82,8 @@ def _read_experts(config: Section, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _read_dtype(config: Section) -> str:
+def read_dtype(config: Section) -> str:
+    """The checkpoint's float type, in either spelling of the key; bfloat16 if it says nothing."""
     for key in ("torch_dtype", "dtype"):  # newer Transformers write dtype
         name = config.text(key, "").removeprefix("torch.")
         if name and name not in _DTYPES:

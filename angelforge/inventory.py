@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from angelforge.config import ModelConfig
 from angelforge.dtypes import DType
 
-_FLOATS = frozenset({DType.BF16, DType.F16, DType.F32})
+FLOATS = frozenset({DType.BF16, DType.F16, DType.F32})
 _E4M3 = frozenset({DType.F8_E4M3})
 _F32 = frozenset({DType.F32})
 
@@ -33,8 +33,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
     a block; embeddings, head, router and norms are not quantised.
     """
     expected = {
-        "model.word_embeddings.weight": ExpectedTensor((config.vocab_size, config.hidden_size), _FLOATS),
-        "model.norm.weight": ExpectedTensor((config.hidden_size,), _FLOATS),
+        "model.word_embeddings.weight": ExpectedTensor((config.vocab_size, config.hidden_size), FLOATS),
+        "model.norm.weight": ExpectedTensor((config.hidden_size,), FLOATS),
     }
     if not config.tie_word_embeddings:
         expected["lm_head.weight"] = expected["model.word_embeddings.weight"]
@@ -72,7 +72,7 @@ class _PlainLayer:
         names = {f"{place}_layernorm.weight": (c.hidden_size,) for place in ("input", "post_attention")}
         if c.use_qk_norm:
             names |= {f"attention.{place}_layernorm.weight": (c.head_dim,) for place in ("query", "key")}
-        return {name: ExpectedTensor(shape, _FLOATS) for name, shape in names.items()}
+        return {name: ExpectedTensor(shape, FLOATS) for name, shape in names.items()}
 
     def _attention(self) -> dict[str, ExpectedTensor]:
         c = self._config
@@ -84,8 +84,8 @@ class _PlainLayer:
     def _experts(self) -> dict[str, ExpectedTensor]:
         c = self._config
         expected = {
-            "mlp.gate.weight": ExpectedTensor((c.num_experts, c.hidden_size), _FLOATS),
-            "mlp.gate.expert_bias": ExpectedTensor((c.num_experts,), _FLOATS),
+            "mlp.gate.weight": ExpectedTensor((c.num_experts, c.hidden_size), FLOATS),
+            "mlp.gate.expert_bias": ExpectedTensor((c.num_experts,), FLOATS),
         }
         one = dict(self._mlp("", c.moe_intermediate_size))
         for expert in range(c.num_experts):
@@ -103,7 +103,7 @@ class _PlainLayer:
     def _linear(self, name: str, shape: tuple[int, int]) -> Iterator[tuple[str, ExpectedTensor]]:
         quantization = self._config.quantization
         if quantization is None:
-            yield name, ExpectedTensor(shape, _FLOATS)
+            yield name, ExpectedTensor(shape, FLOATS)
             return
         rows, columns = (-(-size // block) for size, block in zip(shape, quantization.block, strict=True))
         yield name, ExpectedTensor(shape, _E4M3)
