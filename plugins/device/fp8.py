@@ -54,7 +54,7 @@ def fp8_matmul(
     total, block = zero, zero
     for step in range(opaque(groups * parts, unknown)):
         group = step // parts
-        x_part, w_part = load_part(x_tile, step * k, depth, k), load_part(w_tile, step * k, depth, k)
+        x_part, w_part = load_part(x_tile, step * k, depth, k, 128), load_part(w_tile, step * k, depth, k, 128)
         block = product(x_part, w_part, _continued(block, zero, step, parts), m)
         scale = tl.load(x_scales + group) * tl.load(w_scales + group)
         total = _promoted(total, block, tl.expand_dims(scale, 0 if narrow else 1), step, parts)
@@ -138,8 +138,11 @@ def _gate_up_halves(
         step = turn % steps
         channel = tl.minimum(first + turn // steps * 64 + tl.arange(0, 64), channels - 1).to(tl.int64)
         offsets = channel[:, None] * depth + tl.arange(0, k)[None, :]
-        x_part = load_part(x_tile, step * k, depth, k)
-        gate_part, up_part = load_part(gate + offsets, step * k, depth, k), load_part(up + offsets, step * k, depth, k)
+        x_part = load_part(x_tile, step * k, depth, k, 128)
+        gate_part, up_part = (
+            load_part(gate + offsets, step * k, depth, k, 128),
+            load_part(up + offsets, step * k, depth, k, 128),
+        )
         gate_block = product(x_part, gate_part, _continued(gate_block, zero, step, parts), m)
         up_block = product(x_part, up_part, _continued(up_block, zero, step, parts), m)
         group = step // parts

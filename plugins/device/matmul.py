@@ -21,9 +21,9 @@ def product(x, w, before, m: tl.constexpr):
 
 
 @triton.jit
-def load_part(pointers, start, depth: tl.constexpr, k: tl.constexpr):
-    """A tile [., k] at column `start`; columns from `depth` on are 0."""
-    if depth % k == 0:
+def load_part(pointers, start, depth: tl.constexpr, k: tl.constexpr, block: tl.constexpr):
+    """A tile [., k] at column `start`; columns from `depth` on are 0. Tiles go on to a multiple of `block`."""
+    if depth % block == 0:
         return tl.load(pointers + start)
     else:  # noqa: RET505
         return tl.load(pointers + start, mask=(start + tl.arange(0, k) < depth)[None, :], other=0.0)
@@ -56,7 +56,7 @@ def matmul(
     w_tile = weight_rows(w, first, channels, depth, n, k)
     total = tl.zeros((n, m) if m < 64 else (m, n), tl.float32)
     for start in range(0, opaque(depth, unknown), k):
-        total = product(load_part(x_tile, start, depth, k), load_part(w_tile, start, depth, k), total, m)
+        total = product(load_part(x_tile, start, depth, k, k), load_part(w_tile, start, depth, k, k), total, m)
     return tl.trans(total) if m < 64 else total
 
 
@@ -81,8 +81,8 @@ def gate_up(
     gated = tl.zeros((n, m) if m < 64 else (m, n), tl.float32)
     upped = tl.zeros((n, m) if m < 64 else (m, n), tl.float32)
     for start in range(0, opaque(depth, unknown), k):
-        x_part = load_part(x_tile, start, depth, k)
-        gated = product(x_part, load_part(gate_tile, start, depth, k), gated, m)
-        upped = product(x_part, load_part(up_tile, start, depth, k), upped, m)
+        x_part = load_part(x_tile, start, depth, k, k)
+        gated = product(x_part, load_part(gate_tile, start, depth, k, k), gated, m)
+        upped = product(x_part, load_part(up_tile, start, depth, k, k), upped, m)
     inner = swiglu(gated, upped)
     return tl.trans(inner) if m < 64 else inner

@@ -52,15 +52,25 @@ def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_impreci
     return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 
+def ordered_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """`dot` that adds one product after another: its result does not depend on the tile's shape, as NumPy's may."""
+    left, right = (
+        np.asarray(x.data).view(_NUMPY.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
+    )
+    total = d.data.copy()
+    for k in range(left.shape[1]):
+        total += left[:, k, None] * right[k]
+    return interpreter.TensorHandle(total, d.dtype.scalar)
+
+
 class OutOfBoundsError(AssertionError):
     """A kernel touched memory that is not its own."""
 
 
 def _check(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, int]], what: str) -> None:
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    used = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))[
-        np.broadcast_to(mask, np.broadcast_shapes(pointers.data.shape, mask.shape))
-    ].astype(np.uint64)
+    addresses, active = np.broadcast_arrays(pointers.data, np.asarray(mask) != 0)  # masks may be integers
+    used = addresses[active].astype(np.uint64)
     inside = np.zeros(used.shape, bool)
     for start, end in regions:
         inside |= (used >= start) & (used + size <= end)
@@ -69,8 +79,13 @@ def _check(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, int]], 
 
 
 @contextmanager
-def exact_interpreter(readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Within it, conversions are exact, and a kernel may touch these tensors only (raises OutOfBoundsError)."""
+def exact_interpreter(
+    readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor], ordered: bool = False
+) -> Iterator[None]:
+    """Within it, conversions are exact, and a kernel may touch these tensors only (raises OutOfBoundsError).
+
+    With `ordered`, matmuls add one product after another.
+    """
 
     def regions(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
@@ -89,7 +104,7 @@ def exact_interpreter(readable: Sequence[torch.Tensor], writable: Sequence[torch
 
     with (
         mock.patch.object(interpreter, "_convert_float", convert_float),
-        mock.patch.object(builder, "create_dot", dot),
+        mock.patch.object(builder, "create_dot", ordered_dot if ordered else dot),
         mock.patch.object(builder, "create_masked_load", checked_load),
         mock.patch.object(builder, "create_masked_store", checked_store),
         np.errstate(all="ignore"),
@@ -105,6 +120,7 @@ def run_interpreted(
     gpu: Gpu = H20,
     tile: Tile | None = None,
     profile_tokens: int | None = None,
+    ordered: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """`run_kernel.run` on CPU tensors, every access checked; outputs start as NaN (−1 for integers)."""
     binding = bind_tensors(kernel, inputs, attributes)
@@ -115,7 +131,7 @@ def run_interpreted(
             tensor.view(torch.uint8).fill_(0xFF)
     if tile is None:
         tile = kernel.tile(binding.dims, binding.dims.get("T", 1) if profile_tokens is None else profile_tokens)
-    with exact_interpreter(inputs, outputs):
+    with exact_interpreter(inputs, outputs, ordered):
         launch(kernel, inputs, outputs, binding, gpu, tile)
     return outputs
 
