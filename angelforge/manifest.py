@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from angelforge.atomic import write_atomic
 from angelforge.config import ModelConfig
 from angelforge.config_json import Section, describe, read_json_object
+from angelforge.draft_config import DraftConfig
 from angelforge.errors import AngelForgeError
 from angelforge.precision import Precision
 
@@ -45,14 +46,20 @@ class Manifest:
     page_size: int  # tokens in a page of the KV pool
     max_context: int  # positions
     operators: Mapping[str, int]  # versions of the operators in the graphs
-    graphs: Mapping[str, str]  # by role: {"target": "model.onnx"}
+    graphs: Mapping[str, str]  # by role: {"target": "model.onnx", "draft": "draft.onnx"}
     weights: Literal["packed", "absent"]  # absent: only the graph was exported so far
     files: Mapping[str, FileRecord]
+    draft: DraftConfig | None = None  # its graph stands under the role "draft"
 
     @property
     def model_digest(self) -> str:
         """Digest of the model configuration; engines of equal digests fit the same weights."""
         return self.model.digest()
+
+    @property
+    def draft_digest(self) -> str | None:
+        """Digest of the draft's configuration, None without a draft."""
+        return None if self.draft is None else self.draft.digest()
 
     @property
     def source_quantized(self) -> bool:
@@ -75,6 +82,7 @@ class Manifest:
             "format": FORMAT,
             "producer": self.producer,
             "model": self.model.to_dict(),
+            "draft": None if self.draft is None else self.draft.to_dict(),
             **self._derived(),
             "precision": self.precision.value,
             "page_size": self.page_size,
@@ -122,13 +130,19 @@ class Manifest:
             graphs=_mapping(top, "graphs", lambda section, key: section.text(key)),
             weights="packed" if _one_of(top, "weights", ["packed", "absent"]) == "packed" else "absent",
             files=files,
+            draft=_read_draft(top),
         )
         manifest._check(top)
         return manifest
 
     def _derived(self) -> dict[str, Any]:
         """Written for readers, computed here."""
-        return {"model_digest": self.model_digest, "source_quantized": self.source_quantized, "rope": self.rope}
+        return {
+            "model_digest": self.model_digest,
+            "draft_digest": self.draft_digest,
+            "source_quantized": self.source_quantized,
+            "rope": self.rope,
+        }
 
     def _check(self, top: Section) -> None:
         for key, value in self._derived().items():
@@ -136,6 +150,12 @@ class Manifest:
                 top.fail(key, f"{describe(value)} (as the model says)")
         if unknown := list(top.unread()):
             raise AngelForgeError(f"{top.source} has unknown keys: {', '.join(unknown)}. Export again.")
+        if ("draft" in self.graphs) != (self.draft is not None):
+            raise AngelForgeError(
+                f"{top.source} has a draft's graph without its configuration, or the reverse. Export again."
+            )
+        if self.draft is not None:
+            self.draft.require_target(self.model)
         for name in self.files:
             if not _inside(name):
                 raise AngelForgeError(f"{top.source} names the file {name!r}, which is not inside the bundle.")
@@ -157,6 +177,11 @@ def _objects(top: Section, key: str) -> dict[str, Section]:
 def _mapping(top: Section, key: str, read: Callable[[Section, str], T]) -> dict[str, T]:
     section = Section(top.get(key), f"{top.source}: {key}")
     return {name: read(section, name) for name in section.raw}
+
+
+def _read_draft(top: Section) -> DraftConfig | None:
+    saved = top.get("draft")
+    return None if saved is None else DraftConfig.from_saved(saved, f"{top.source}: draft")
 
 
 def _one_of(top: Section, key: str, allowed: list[str]) -> str:

@@ -24,6 +24,7 @@ from angelforge.plugins.norm_quantize.operator import NORM_QUANTIZE
 from angelforge.plugins.operator import Operator
 from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
 from angelforge.plugins.qkv_prepare.operator import QKV_PREPARE
+from angelforge.plugins.qkv_rotate.operator import QKV_ROTATE
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -33,6 +34,7 @@ OPERATORS: dict[str, Operator] = {
         ADD_NORM,
         LINEAR,
         QKV_PREPARE,
+        QKV_ROTATE,
         PAGED_ATTENTION,
         ATTENTION_MERGE,
         GATE_UP,

@@ -5,43 +5,9 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from angelforge.plugins.body import f32, i64, integer, rows, size, valid_rows, vector
 from angelforge.plugins.norm.operator import rms_norm
-from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
-
-
-def _rotate(
-    op: OpBuilder,
-    x: ir.Value,
-    positions: ir.Value,
-    cos: ir.Value,
-    sin: ir.Value,
-    heads: AttributeRef,
-    rotary_dim: AttributeRef,
-) -> ir.Value:
-    """x [T, heads, D] with NeoX rotary embedding on the first `rotary_dim` dims (Su et al. 2021, arXiv 2104.09864)."""
-    packed = op.Unsqueeze(op.Flatten(x, axis=1), [0])  # [1, T, heads·D]
-    turned = op.RotaryEmbedding(
-        packed,
-        cos,
-        sin,
-        positions,
-        num_heads=heads.as_("num_heads"),
-        rotary_embedding_dim=rotary_dim.as_("rotary_embedding_dim"),
-    )
-    return op.Reshape(turned, op.Shape(x))
-
-
-def _pool_indices(op: OpBuilder, slots: ir.Value, pool: ir.Value) -> ir.Value:
-    """int64 [T, 2, kv_heads, 4]: (page, key or value, head, offset) of every row that `slots` int64 [T] names."""
-    page_size = size(op, pool, 3)
-    heads = size(op, pool, 2)
-    full = op.Concat(size(op, slots, 0), [2], heads, [1], axis=0)
-    page = op.Reshape(op.Div(slots, page_size), [-1, 1, 1, 1])
-    offset = op.Reshape(op.Mod(slots, page_size), [-1, 1, 1, 1])
-    kind = op.Constant(value=ir.tensor([[[[0]], [[1]]]], dtype=ir.DataType.INT64))  # [1, 2, 1, 1]
-    head = op.Reshape(op.Range(0, op.Squeeze(heads, [0]), 1), [1, 1, -1, 1])
-    return op.Concat(*(op.Expand(index, full) for index in (page, kind, head, offset)), axis=3)
+from angelforge.plugins.operator import Attribute, Operator, Port
+from angelforge.plugins.qkv_body import rotate, split_heads, write_pool
 
 
 def _body(
@@ -60,19 +26,11 @@ def _body(
     heads, kv_heads, epsilon, rotary_dim = (
         attributes[name] for name in ("num_heads", "num_kv_heads", "epsilon", "rotary_dim")
     )
-    q_heads, pairs = integer(op, heads), integer(op, kv_heads)
-    split = op.Reshape(f32(op, qkv), vector(op, 0, op.Add(q_heads, op.Add(pairs, pairs)), -1))  # [T, Hq + 2·Hkv, D]
-    first_key, first_value = op.Reshape(q_heads, [1]), op.Reshape(op.Add(q_heads, pairs), [1])
-    query = rms_norm(op, rows(op, split, 0, first_key, axis=1), q_norm, epsilon)
-    key = rms_norm(op, rows(op, split, first_key, first_value, axis=1), k_norm, epsilon)
-    value = rows(op, split, first_value, 2**62, axis=1)
-    where = op.Unsqueeze(i64(op, positions), [0])
-    query = _rotate(op, query, where, rope_cos, rope_sin, heads, rotary_dim)
-    key = _rotate(op, key, where, rope_cos, rope_sin, kv_heads, rotary_dim)
-    written = op.CastLike(op.Concat(op.Unsqueeze(key, [1]), op.Unsqueeze(value, [1]), axis=1), kv_cache)
-    targets = op.Where(valid_rows(op, slots, num_tokens), i64(op, slots), [0])
-    pool = op.ScatterND(kv_cache, _pool_indices(op, targets, kv_cache), written)
-    return op.CastLike(query, qkv), pool
+    query, key, value = split_heads(op, qkv, heads, kv_heads)
+    query, key = rms_norm(op, query, q_norm, epsilon), rms_norm(op, key, k_norm, epsilon)
+    query = rotate(op, query, positions, rope_cos, rope_sin, heads, rotary_dim)
+    key = rotate(op, key, positions, rope_cos, rope_sin, kv_heads, rotary_dim)
+    return op.CastLike(query, qkv), write_pool(op, key, value, slots, num_tokens, kv_cache)
 
 
 QKV_PREPARE = Operator(

@@ -110,6 +110,11 @@ CASES = [
         (floats(T, (HEADS + 2 * KV_HEADS) * D), floats(D), floats(D), *ROPE, POSITIONS, SLOTS, ints(4), POOL),
         {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "rotary_dim": 4, **EPSILON},
     ),
+    Case(
+        "QKVRotate",
+        (floats(T, (HEADS + 2 * KV_HEADS) * D), *ROPE, POSITIONS, SLOTS, ints(4), POOL),
+        {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "rotary_dim": 4},
+    ),
     Case("PagedAttention", (floats(T, HEADS, D), POOL, TABLE, STARTS, LENGTHS, POSITIONS), ATTENTION),
     Case("AttentionMerge", PARTS, {"split_length": 4}),
     Case("AttentionMergeQuantize", PARTS, {"split_length": 4}),
