@@ -118,7 +118,9 @@ def _signature(
         raise ValueError(
             f"{kernel.operator.name}: parameters {names} are not inputs, extras, outputs, {list(constants)}"
         )
-    aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {
+        (i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")
+    }
     return dict(zip(names, types, strict=True)), aligned
 
 

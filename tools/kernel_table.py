@@ -1,0 +1,152 @@
+"""Compiles the kernels of AntAngelMed's graph for a GPU that need not be there, and tabulates their machine code.
+
+`python -m angelforge.tools.kernel_table` prints docs/kernels-sm90.md. It needs triton and no GPU, and takes a minute,
+then seconds from Triton's cache.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import onnx_ir as ir
+
+from angelforge.config import ModelConfig
+from angelforge.exporter.graph import build_graph
+from angelforge.exporter.synthetic_config import FULL_CONFIG
+from angelforge.plugins.binding import Binding, bind
+from angelforge.plugins.kernel import Tile
+from angelforge.plugins.operator import DOMAIN, Operator
+from angelforge.plugins.registry import OPERATORS
+from angelforge.precision import Precision
+
+PROFILES = (8, 64, 256, 8192)  # most tokens of a call
+PAGE_SIZE = 64
+WEIGHTS = ("weight", "table", "gate", "down", "kv_cache")  # the input whose sizes a row shows
+WITHOUT_KERNEL = ("AllReduce",)  # removed for one rank, a native layer for several
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tile of one kernel, and what its code holds."""
+
+    operator: str
+    sizes: str  # that weights fix
+    profiles: tuple[int, ...]  # the profiles whose default tile it is
+    tile: Tile
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    scratch: int
+    counts: dict[str, int]
+
+
+def nodes(precision: Precision) -> Iterator[tuple[Operator, Binding]]:
+    """Every different call of an operator in the graph of a dense and an expert layer, embedding and head.
+
+    Sizes that a step decides are 1: a kernel's code does not depend on them.
+    """
+    graph = build_graph(ModelConfig.from_dict(FULL_CONFIG).with_layers(2), precision, PAGE_SIZE, 32768).graph
+    seen = []
+    for node in graph:
+        if node.domain != DOMAIN or node.op_type in WITHOUT_KERNEL:
+            continue
+        operator = OPERATORS[node.op_type]
+        attributes = {str(name): attribute.value for name, attribute in node.attributes.items()}
+        binding = bind(operator, *_signature(node), attributes)
+        key = (operator.name, dict(binding.dims), dict(binding.types))
+        if key not in seen:
+            seen.append(key)
+            yield operator, binding
+
+
+def _signature(node: ir.Node) -> tuple[list[list[int]], list[ir.DataType]]:
+    shapes, types = [], []
+    for value in node.inputs:
+        assert value is not None and value.shape is not None and value.dtype is not None
+        shapes.append([size if isinstance(size, int) else 1 for size in value.shape])
+        types.append(value.dtype)
+    return shapes, types
+
+
+def rows(operator: Operator, binding: Binding) -> Iterator[Row]:
+    """The different default tiles of an operator's kernel, compiled for sm_90."""
+    from angelforge.plugins.compile import compile_kernel
+    from angelforge.plugins.tensorrt.kernels import find_kernel
+
+    kernel = find_kernel(operator)
+    tiles: dict[Tile, list[int]] = {}
+    for tokens in PROFILES:
+        tiles.setdefault(kernel.tile(binding.dims, tokens), []).append(tokens)
+    weight = next((port for port in operator.inputs if port.name in WEIGHTS), operator.inputs[0])
+    sizes = "×".join(str(binding.dims[symbol]) for symbol in weight.shape if isinstance(symbol, str) and symbol != "T")
+    for tile, profiles in tiles.items():
+        code = compile_kernel(kernel, binding, tile)
+        yield Row(
+            operator=operator.name,
+            sizes=sizes,
+            profiles=tuple(profiles),
+            tile=tile,
+            registers=code.registers,
+            shared=code.shared,
+            stack=code.stack,
+            spills=code.spills,
+            scratch=code.scratch,
+            counts=dict(code.counts),
+        )
+
+
+def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_size: bool = False) -> dict[str, Any]:
+    """All rows by precision, and the version of Triton that compiled them.
+
+    Of these operators, or of all; with `one_size` of each only the first of the sizes that the graph has.
+    """
+    import triton
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for precision in precisions:
+        chosen = [node for node in nodes(precision) if not operators or node[0].name in operators]
+        if one_size:
+            chosen = list({operator.name: (operator, binding) for operator, binding in reversed(chosen)}.values())[::-1]
+        found[precision.value] = [asdict(row) for node in chosen for row in rows(*node)]
+    return {"triton": triton.__version__, "architecture": "sm_90a", "precisions": found}
+
+
+COLUMNS = ("wgmma e4m3", "wgmma bf16", "mma.sync f16", "fp8 to f16", "16-byte loads")
+HEAD = ("operator", "sizes", "tokens ≤", "tile m×n×k, warps, stages", "registers", "shared", "spills", *COLUMNS)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of docs/kernels-sm90.md."""
+    lines = []
+    for precision, entries in found["precisions"].items():
+        lines += [f"### {precision}, Triton {found['triton']}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
+        for row in entries:
+            tile = row["tile"]
+            shape = f"{tile['m']}×{tile['n']}×{tile['k']}, {tile['warps']}, {tile['stages']}"
+            profiles = ", ".join(map(str, row["profiles"]))
+            numbers = (row["registers"], row["shared"], row["spills"], *(row["counts"][name] for name in COLUMNS))
+            lines.append(_line((row["operator"], row["sizes"], profiles, shape, *numbers)))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+@click.command()
+@click.argument("precisions", nargs=-1, type=click.Choice(["fp8", "bf16"]))
+@click.option("--operator", "operators", multiple=True, help="This operator only; may be given several times.")
+@click.option("--one-size", is_flag=True, help="Of each operator the first size only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def kernel_table(precisions: tuple[str, ...], operators: tuple[str, ...], one_size: bool, as_json: bool) -> None:
+    """Tabulate the machine code of all kernels for sm_90a."""
+    found = table([Precision(name) for name in precisions or ("fp8", "bf16")], operators, one_size)
+    click.echo(json.dumps(found) if as_json else markdown(found))
+
+
+if __name__ == "__main__":
+    kernel_table()
