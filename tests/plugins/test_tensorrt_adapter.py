@@ -172,8 +172,24 @@ def test_failed_builds_leave_the_process_intact(library: Library, tmp_path: Any)
     for _ in range(3):
         with pytest.raises(AngelForgeError, match="cannot compute in this precision"):
             build_engine(
-                without_functions(case), EngineRequest(library, "sm_75", ()), tmp_path / "log", lambda phase, share: None
+                without_functions(case),
+                EngineRequest(library, "sm_75", ()),
+                tmp_path / "log",
+                lambda phase, share: None,
             )
     assert build_engine(
         without_functions(case), EngineRequest(library, "sm_89", ()), tmp_path / "log", lambda phase, share: None
     )
+
+
+def test_the_plan_holds_the_attributes(library: Library, tmp_path: Any) -> None:
+    """The serialised engine carries the values themselves: seen in its bytes, behind each attribute's name."""
+    case = next(case for case in CASES if case.operator == "QKVPrepare")
+    plan = build_engine(
+        without_functions(case), EngineRequest(library, "sm_89", ()), tmp_path / "log", lambda phase, share: None
+    )
+    for name in ("num_heads", "num_kv_heads", "rotary_dim"):
+        begin = plan.index(name.encode())
+        kind = plan.index(b"INT64", begin)
+        assert kind - begin < 80
+        assert int(case.attributes[name]).to_bytes(8, "little") in plan[kind : kind + 40]

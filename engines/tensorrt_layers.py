@@ -1,0 +1,45 @@
+"""The layers of a built engine, from the log of its build: also on a machine that cannot load the engine."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from angelforge.diskerrors import explained
+
+_LAYER = re.compile(
+    r"^(?:Name: )(?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Out)"
+)
+_PROFILE = re.compile(r" \[profile (\d+)\]")
+_SUFFIX = re.compile(r"(_myl\d+_\d+)?$")
+# Kinds under which TensorRT runs plugins.
+PLUGIN_KINDS = {"custom_layer", "PluginV", "PluginV3"}
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of an engine in one profile."""
+
+    name: str  # the ONNX node's where it is one
+    kind: str  # TensorRT's word: custom_layer is a plugin, kgen a generated kernel
+    profile: int
+
+    @property
+    def is_plugin(self) -> bool:
+        """Whether it launches a kernel of this project."""
+        return self.kind in PLUGIN_KINDS
+
+
+def read_layers(log: Path) -> list[EngineLayer]:
+    """All layers that TensorRT listed at the end of a build; empty where it listed none.
+
+    Raises:
+        AngelForgeError: the log cannot be read.
+    """
+    with explained("read", log), log.open(encoding="utf-8", errors="replace") as file:
+        return [_layer(match) for line in file if (match := _LAYER.match(line))]
+
+
+def _layer(match: re.Match[str]) -> EngineLayer:
+    profile = _PROFILE.search(match["name"]) or _PROFILE.search(match["inputs"])
+    name = _SUFFIX.sub("", _PROFILE.sub("", match["name"]))
+    return EngineLayer(name, match["kind"], int(profile[1]) if profile else 0)
