@@ -1,32 +1,111 @@
 """`angelforge build`: a bundle's engine for a target."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from angelforge.bundle import Bundle
+from angelforge.errors import UsageError
+from angelforge.targets import TARGETS, Target, get_target
 from angelforge.tools.options import bundle_argument, json_option
-from angelforge.tools.output import format_seconds, print_json
+from angelforge.tools.output import format_bytes, format_seconds, print_json, total_progress
+
+if TYPE_CHECKING:
+    from angelforge.engines.limits import BuildOptions
+    from angelforge.engines.manifest import EngineManifest
 
 
 @click.command()
 @bundle_argument
-@click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="What to build for.")
+@click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What to build for.")
+@click.option("--max-tokens", type=int, help="Tokens in one step.  [default: 8192]")
+@click.option("--max-batch", type=int, help="Sequences in one step.  [default: 32]")
+@click.option("--draft-depth", type=int, help="Draft tokens verified for each sequence in a step.  [default: 0]")
+@click.option("--pages", type=int, help="Pages of the KV cache.  [default: what memory the plan leaves]")
+@click.option("--tensor-parallel", type=int, help="Devices that share the model.  [default: 1]")
+@click.option("--optimization-level", type=int, help="TensorRT's builder level, 0 to 5.  [default: TensorRT's own]")
+@click.option("--preflight", is_flag=True, help="Only prove, on any machine, that the bundle builds for the target.")
 @json_option
-def build(bundle: Path, target: str, as_json: bool) -> None:
+def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: int | None) -> None:
     """Build a bundle's engine for a target. No weight is read: they may still be packed meanwhile.
+
+    TensorRT's engines (h20, h100, h200) are built on the GPU that they are for, those of TensorRT for RTX and the CPU's
+    on any machine. An interrupted build leaves the last engine as it was.
 
     \b
     Example:
       angelforge build bundle --target cpu
+      angelforge build bundle --target h20 --preflight
     """
-    from angelforge.engines.cpu import build_cpu, engine_folder
-
+    given = {name: value for name, value in sizes.items() if value is not None}
+    row = get_target(target)
     opened = Bundle.open(bundle)
-    manifest = build_cpu(opened)
-    folder = engine_folder(opened, target)
-    if as_json:
-        print_json({"engine": str(folder / manifest.engine), "seconds": manifest.seconds, "target": target})
+    if row.backend == "onnxruntime":
+        if given or preflight:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *["preflight"] * preflight))
+            raise UsageError(f"{options}: of no use for target {target}, which is built for any sizes on any machine.")
+        from angelforge.engines.cpu import build_cpu
+
+        _tell(opened, build_cpu(opened), as_json)
         return
-    click.echo(f"{folder / manifest.engine}: built for {target} in {format_seconds(manifest.seconds)}")
-    click.echo(f'Next: angelforge run {bundle} --target {target} --prompt "…"')
+    from angelforge.engines.limits import BuildOptions
+
+    chosen = BuildOptions(**given)
+    if preflight:
+        _preflight(opened, row, chosen, as_json)
+    else:
+        _build(opened, row, chosen, as_json)
+
+
+def _build(bundle: Bundle, target: Target, options: BuildOptions, as_json: bool) -> None:
+    from angelforge.engines.build import build_tensorrt
+
+    with total_progress(f"building for {target.name}", "%") as progress:
+        manifest = build_tensorrt(bundle, target, options, lambda phase, share: progress(round(100 * share), 100))
+    _tell(bundle, manifest, as_json)
+
+
+def _preflight(bundle: Bundle, target: Target, options: BuildOptions, as_json: bool) -> None:
+    from angelforge.engines.preflight import preflight
+
+    with total_progress(f"checking for {target.name}", "%") as progress:
+        found = preflight(bundle, target, options, lambda phase, share: progress(round(100 * share), 100))
+    if as_json:
+        print_json(found.to_dict())
+        return
+    click.echo(found.verdict)
+    click.echo(
+        f"{found.plugins} plugins, {found.weights} weights as inputs, {len(found.profiles)} profiles; "
+        f"engine {format_bytes(found.engine_bytes)}, {format_seconds(found.seconds)}"
+    )
+    if found.problem is not None:
+        click.echo(f"warning: it would not fit on {target.name}: {found.problem}", err=True)
+
+
+def _tell(bundle: Bundle, manifest: EngineManifest, as_json: bool) -> None:
+    from angelforge.engines.manifest import engine_folder
+
+    engine = engine_folder(bundle, manifest.target) / manifest.engine
+    if as_json:
+        print_json({"engine": str(engine), "seconds": manifest.seconds, "target": manifest.target} | _facts(manifest))
+        return
+    size = f", {format_bytes(manifest.engine_bytes)}" if manifest.engine_bytes else ""
+    click.echo(f"{engine}: built for {manifest.target} in {format_seconds(manifest.seconds)}{size}")
+    for profile in manifest.profiles:
+        click.echo(
+            f"  {profile['name']}: up to {profile['tokens']['most']:,} tokens of {profile['batch']['most']} sequences, "
+            f"tuned for {profile['tokens']['tuned']:,}"
+        )
+    click.echo(f'Next: angelforge run {bundle.folder} --target {manifest.target} --prompt "…"')
+
+
+def _facts(manifest: EngineManifest) -> dict[str, Any]:
+    return {
+        "backend": manifest.backend,
+        "backend_version": manifest.backend_version,
+        "engine_bytes": manifest.engine_bytes,
+        "profiles": list(manifest.profiles),
+    }

@@ -1,0 +1,65 @@
+"""`angelforge build` for TensorRT targets: text, JSON, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from support.tensorrt import graph_bundle, rtx
+
+from angelforge.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return graph_bundle(tmp_path_factory.mktemp("build")).folder
+
+
+def build(*args: object) -> Result:
+    return CliRunner().invoke(main, ["build", *map(str, args)])
+
+
+def test_an_engine_is_told_with_its_profiles(bundle: Path) -> None:
+    rtx()
+    result = build(bundle, "--target", "rtx4090", "--max-tokens", 16, "--max-batch", 2)
+    assert result.exit_code == 0, result.output
+    assert "built for rtx4090 in" in result.stdout
+    assert "decode-8: up to 8 tokens of 2 sequences, tuned for 1" in result.stdout
+    assert "prefill: up to 16 tokens of 2 sequences, tuned for 16" in result.stdout
+
+
+def test_json_names_the_engine(bundle: Path) -> None:
+    rtx()
+    found = json.loads(build(bundle, "--target", "rtx5090", "--max-tokens", 8, "--max-batch", 1, "--json").stdout)
+    assert Path(found["engine"]).stat().st_size == found["engine_bytes"]
+    assert (found["target"], found["backend"]) == ("rtx5090", "tensorrt-rtx")
+    assert [profile["name"] for profile in found["profiles"]] == ["prefill"]
+
+
+def test_preflight_says_what_it_proves(bundle: Path) -> None:
+    rtx()
+    small = ("--max-tokens", 8, "--max-batch", 1)
+    result = build(bundle, "--target", "h20", "--preflight", *small)
+    assert result.exit_code == 0, result.output
+    assert "every plugin is found" in result.stdout
+    assert "This is not the engine of h20" in result.stdout
+    found = json.loads(build(bundle, "--target", "h20", "--preflight", "--json", *small).stdout)
+    assert found["built_for"] == "sm_89"
+    assert not (bundle / "engines" / "h20").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--max-tokens", 8), 2, "--max-tokens: of no use for target cpu"),
+        (("--preflight",), 2, "--preflight: of no use for target cpu"),
+        (("--target", "rtx4090", "--max-tokens", 4), 2, "--max-tokens is 4: raise it, or lower --max-batch"),
+        (("--target", "rtx4090", "--tensor-parallel", 2), 2, "has no graph for 2 ranks"),
+        (("--target", "rtx4090", "--optimization-level", 9), 2, "TensorRT has 0 to 5"),
+        (("--target", "rtx4090", "--pages", 3), 2, "The pool has 3 pages"),
+        (("--target", "h21"), 2, "h20-141g"),
+    ],
+)
+def test_wrong_use_is_refused(bundle: Path, args: tuple[object, ...], code: int, message: str) -> None:
+    result = build(bundle, *args)
+    assert (result.exit_code, message in result.stderr) == (code, True), result.output
