@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ __all__ = ["PackedShard", "pack", "remove_stale"]
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-_MOST_WORKERS = 4  # each reads, hashes and writes about 1.5 GB/s: more than disks take
+_WORKERS = 4  # more than two processors can do at once: one may wait for the disk while another hashes
 
 
 def pack(
@@ -39,7 +38,7 @@ def pack(
 
     Each file appears whole or not at all, synced to the disk. A call after an interrupted one keeps the files that are
     finished, unless sources or layout have changed since. `progress` is called in the caller's thread. `workers` files
-    are written at a time (as many as there are processors, at most 4); each takes 24 MB of buffers.
+    are written at a time (4 unless told otherwise); each takes 16 MB of buffers.
 
     Raises AngelForgeError, before the first byte where that can be known: another process packs into this bundle, a
     tensor is missing, misshapen or of a type that cannot be converted, too little space; later: a full disk, a source
@@ -49,7 +48,7 @@ def pack(
     with explained("create", weights):
         weights.mkdir(parents=True, exist_ok=True)
     check_sources(checkpoint, shards)
-    count = workers or max(1, min(_MOST_WORKERS, os.cpu_count() or 1))
+    count = workers or _WORKERS
     with lock(weights / ".lock"), OpenFiles() as files:
         remove_leftovers(weights)
         journal = Journal(bundle_dir)

@@ -20,8 +20,8 @@ from typing import Any
 from angelforge.diskerrors import explained
 from angelforge.exporter.copying import Run
 
-BUFFER = 8 << 20  # bytes
-_RING = 3  # one being filled, one being hashed, one being written
+BUFFER = 4 << 20  # bytes
+_RING = 4  # one being filled, one being hashed, one being written, one ready
 _SECTOR = 4096  # direct writes begin and end at its multiples
 _FLUSH = 32 << 20  # bytes after which a cached write is sent on to the disk
 
