@@ -115,3 +115,29 @@ def unowned(expert_ids, expert_tokens, entry, tokens, experts: tl.constexpr, per
     has = (word >> (token % 32).to(tl.uint32)) & 1
     first = entry_of(expert_ids, token, safe[:, None], per_token)
     return exists & ~(named & (has == 1) & (first == entry))
+
+
+@triton.jit
+def fill_unowned(
+    output,
+    value,
+    expert_ids,
+    expert_tokens,
+    tokens,
+    experts: tl.constexpr,
+    per_token: tl.constexpr,
+    width: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """Writes `value` to the rows [width] of all entries that no expert computes: padding."""
+    part: tl.constexpr = min(triton.next_power_of_2(width), 128)
+    # The last programs begin: they have no other work when there are few tokens.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * at_once
+    for start in range(first, tokens.to(tl.int64) * per_token, tl.num_programs(0) * at_once):
+        entry = start + tl.arange(0, at_once)
+        empty = unowned(expert_ids, expert_tokens, entry, tokens, experts, per_token)
+        if tl.max(empty.to(tl.int32)) > 0:
+            for begin in range(0, width, part):
+                column = begin + tl.arange(0, part)
+                mask = empty[:, None] & (column < width)[None, :]
+                tl.store(output + entry[:, None] * width + column[None, :], value, mask)

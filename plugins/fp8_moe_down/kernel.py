@@ -1,0 +1,67 @@
+"""Fp8MoEDown's kernel: programs share the tiles of all experts; a tile is n channels of m of an expert's rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from angelforge.plugins.device.expert_launch import expert_constants, expert_grid
+from angelforge.plugins.device.experts import entry_of, fill_unowned, tile_ends, tile_of_work, tokens_of_tile
+from angelforge.plugins.device.fp8 import fp8_matmul
+from angelforge.plugins.fp8_moe_down.operator import FP8_MOE_DOWN
+from angelforge.plugins.kernel import Kernel, Tile
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _fp8_moe_down(
+    inner,
+    inner_scale,
+    down,
+    down_scale,
+    expert_ids,
+    expert_tokens,
+    tokens,
+    expert_out,
+    experts: tl.constexpr,
+    per_token: tl.constexpr,
+    channels: tl.constexpr,
+    depth: tl.constexpr,
+    m: tl.constexpr,
+    n: tl.constexpr,
+    k: tl.constexpr,
+    at_once: tl.constexpr,
+    fill: tl.constexpr,
+):
+    columns: tl.constexpr = (channels + n - 1) // n
+    blocks: tl.constexpr = (channels + 127) // 128 * ((depth + 127) // 128)
+    ends = tile_ends(expert_tokens, tokens, experts, m, at_once)
+    for work in range(tl.program_id(0), tl.max(ends) * columns, tl.num_programs(0)):
+        expert, tile, column = tile_of_work(ends, work, columns)
+        token = tokens_of_tile(expert_tokens, expert, tile, tokens, m, at_once)
+        entry = entry_of(expert_ids, token, expert, per_token)
+        weights, scales = down + expert.to(tl.int64) * (channels * depth), down_scale + expert.to(tl.int64) * blocks
+        row, first = tl.maximum(entry, 0), column * n
+        value = fp8_matmul(inner, inner_scale, row, weights, scales, first, tokens, channels, depth, m, n, k)
+        channel = first + tl.arange(0, n)
+        mask = (entry >= 0)[:, None] & (channel < channels)[None, :]
+        target = expert_out + entry[:, None] * channels + channel[None, :]
+        tl.store(target, value.to(expert_out.dtype.element_ty), mask)
+    zero = tl.zeros((1, 1), expert_out.dtype.element_ty)
+    fill_unowned(expert_out, zero, expert_ids, expert_tokens, tokens, experts, per_token, channels, fill)
+
+
+def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
+    if tokens <= 256:
+        return Tile(m=16, n=128, k=64, stages=4, blocks_per_sm=4)
+    return Tile(m=64, n=128, blocks_per_sm=2)
+
+
+KERNEL = Kernel(
+    operator=FP8_MOE_DOWN,
+    function=_fp8_moe_down,
+    extras=("T",),
+    constants=lambda dims, types, tile: expert_constants(dims, tile, dims["H"], dims["I"]),
+    grid=expert_grid,
+    tile=_tile,
+)

@@ -1,0 +1,176 @@
+"""MoERoute's kernel: a warp chooses the experts of a token, a program those of 8 tokens: a byte of expert_tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import triton
+import triton.language as tl
+
+from angelforge.plugins.device.launch import ceil_div
+from angelforge.plugins.device.numbers import opaque
+from angelforge.plugins.kernel import Gpu, Kernel, Tile
+from angelforge.plugins.moe_route.operator import MOE_ROUTE, ROW
+
+TOKENS = 8  # of a program: one byte's
+LANES = 32
+
+# Tensors are [slab, token, lane]: slabs stand in registers, tokens are a warp each, and nothing but the bits at the end
+# crosses warps. A slab is a group of experts or, of large groups, a part. What is not there has the least key.
+_NONE = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def _key(x):
+    """int32 in the order of the f32 values x; −0 counts as 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    """The f32 values of keys."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _largest(key, slot):
+    """(key, slot) of each token's largest key [1, token, 1]; of equal ones the lowest slot."""
+    best = tl.max(tl.max(key, 0), 1)[None, :, None]
+    place = tl.where(key == best, slot, 0x7FFFFFFF)
+    return best, tl.min(tl.min(place, 0), 1)[None, :, None]
+
+
+@triton.jit
+def _by_group(x, groups: tl.constexpr, parts: tl.constexpr):
+    """x [slab, token] as [group, part, token]."""
+    return tl.reshape(x, (groups, parts, x.shape[1]))
+
+
+@triton.jit
+def _open_slabs(key, slot, groups: tl.constexpr, parts: tl.constexpr, kept: tl.constexpr, pairs: tl.constexpr):
+    """bool [slab, token]: belongs to one of the `kept` best groups by the sum of their two best; ties to the lower.
+
+    `groups` is padded to a power of 2; without `pairs` a group has one expert.
+    """
+    slabs: tl.constexpr = key.shape[0]
+    tokens: tl.constexpr = key.shape[1]
+    best = tl.max(_by_group(tl.max(key, 2), groups, parts), 1)
+    spread = tl.reshape(tl.broadcast_to(best[:, None, :], (groups, parts, tokens)), (slabs, tokens))[:, :, None]
+    first = tl.min(_by_group(tl.min(tl.where(key == spread, slot, 0x7FFFFFFF), 2), groups, parts), 1)
+    spread = tl.reshape(tl.broadcast_to(first[:, None, :], (groups, parts, tokens)), (slabs, tokens))[:, :, None]
+    second = tl.max(_by_group(tl.max(tl.where(slot == spread, _NONE, key), 2), groups, parts), 1)
+    score = _key(_value(best) + _value(second)) if pairs else best
+    score = tl.where(best == _NONE, _NONE, score)
+    group = tl.arange(0, groups)[:, None]
+    opened = tl.zeros((groups, tokens), tl.int32)
+    for _ in tl.static_range(kept):
+        top = tl.max(score, 0)[None, :]
+        winner = tl.min(tl.where(score == top, group, groups), 0)[None, :]
+        opened = tl.where(group == winner, 1, opened)
+        score = tl.where(group == winner, _NONE, score)
+    return tl.reshape(tl.broadcast_to(opened[:, None, :], (groups, parts, tokens)), (slabs, tokens)) > 0
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _moe_route(
+    logits,
+    bias,
+    num_tokens,
+    tokens,
+    expert_ids,
+    expert_weights,
+    expert_tokens,
+    experts: tl.constexpr,
+    groups: tl.constexpr,
+    topk_group: tl.constexpr,
+    top_k: tl.constexpr,
+    shared: tl.constexpr,
+    factor: tl.constexpr,
+    m: tl.constexpr,
+    padded_groups: tl.constexpr,
+    padded_size: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    size: tl.constexpr = experts // groups
+    slabs: tl.constexpr = padded_groups * padded_size // lanes
+    token = tl.program_id(0) * m + tl.arange(0, m)
+    valid = token < tl.minimum(tl.load(num_tokens), tokens)
+    row = logits + tl.minimum(token, tokens - 1).to(tl.int64) * experts
+    # Loads of one value a thread: those of four would spread a token over several warps.
+    row, unaligned = row + opaque(0, tokens), bias + opaque(0, tokens)
+
+    slot = tl.arange(0, slabs)[:, None, None] * lanes + tl.arange(0, lanes)[None, None, :]
+    expert = slot // padded_size * size + slot % padded_size
+    there = (slot % padded_size < size) & (slot // padded_size < groups)
+    score = _sigmoid(tl.load(row[None, :, None] + expert, there, 0.0))
+    key = tl.where(
+        there, _key(score + tl.load(unaligned + tl.broadcast_to(expert, (slabs, m, lanes)), there, 0.0)), _NONE
+    )
+    opened = _open_slabs(key, slot, padded_groups, padded_size // lanes, topk_group, size > 1)
+    key = tl.where(opened[:, :, None] | ~there, key, _key(tl.full((1, 1, 1), float("-inf"), tl.float32)))
+
+    per_token: tl.constexpr = top_k + shared
+    wide: tl.constexpr = max(lanes, triton.next_power_of_2(per_token))
+    column = tl.arange(0, wide)[None, :]
+    chosen = tl.zeros((m, wide), tl.int32)
+    for j in tl.static_range(top_k):
+        _, first = _largest(key, slot)
+        key = tl.where(slot == first, _NONE, key)
+        chosen = tl.where(column == j, tl.reshape(first, (m, 1)), chosen)
+    chosen = chosen // padded_size * size + chosen % padded_size
+
+    routed = column < top_k
+    picked = tl.where(routed, _sigmoid(tl.load(row[:, None] + tl.minimum(chosen, experts - 1), routed, 0.0)), 0.0)
+    # The published code leaves a single expert's weight as it is.
+    share = picked if top_k == 1 else tl.div_rn(picked, tl.sum(picked, 1)[:, None] + 1e-20)
+    place = token.to(tl.int64)[:, None] * per_token + column
+    mask = (token < tokens)[:, None] & (column < per_token)
+    index = tl.where(routed, chosen, experts + column - top_k)
+    tl.store(expert_ids + place, tl.where(valid[:, None], index, -1), mask)
+    tl.store(expert_weights + place, tl.where(valid[:, None], tl.where(routed, share * factor, 1.0), 0.0), mask)
+
+    bit = tl.where(valid, 1 << tl.arange(0, m), 0)
+    octet = expert_tokens.to(tl.pointer_type(tl.int8), bitcast=True) + tl.program_id(0)
+    stride = ((tokens + 127) // 128 * 16).to(tl.int64)
+    taken = tl.sum(tl.where(there & (key == _NONE), bit[None, :, None], 0), 1)
+    tl.store(octet + tl.reshape(expert, (slabs, lanes)) * stride, taken.to(tl.int8), tl.reshape(there, (slabs, lanes)))
+    everyone = tl.sum(bit).to(tl.int8)
+    for s in tl.static_range(shared):
+        tl.store(octet + (experts + s) * stride, everyone)
+
+
+def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
+    experts, groups = dims["E"], dims["n_group"]
+    padded_groups, padded_size = (1 << (size - 1).bit_length() for size in (groups, experts // groups))
+    return {
+        "experts": experts,
+        "groups": groups,
+        "topk_group": dims["topk_group"],
+        "top_k": dims["top_k"],
+        "shared": dims["num_shared_experts"],
+        "factor": dims["routed_scaling_factor"],
+        "m": TOKENS,
+        "padded_groups": padded_groups,
+        "padded_size": padded_size,
+        "lanes": min(LANES, padded_size),
+    }
+
+
+def _grid(dims: Mapping[str, Any], gpu: Gpu, tile: Tile) -> tuple[Any, int, int]:
+    return ceil_div(dims["T"], ROW) * (ROW // TOKENS), 1, 1
+
+
+KERNEL = Kernel(
+    operator=MOE_ROUTE,
+    function=_moe_route,
+    extras=("T",),
+    constants=_constants,
+    grid=_grid,
+    tile=lambda dims, tokens: Tile(m=TOKENS, n=LANES, warps=TOKENS, stages=1),
+)
