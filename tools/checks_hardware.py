@@ -4,9 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from angelforge.machine import Gpu, Memory
 from angelforge.tools.checks_software import MAIN_JOB
 from angelforge.tools.finding import Finding
-from angelforge.tools.machine import Gpu, Memory
 from angelforge.tools.output import format_bytes
 
 FP8_BYTES, BF16_BYTES = 104_200_000_000, 205_800_000_000  # the weights of AntAngelMed

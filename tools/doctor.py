@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from angelforge import machine
 from angelforge.tools import checks_hardware as hardware
 from angelforge.tools import checks_software as software
-from angelforge.tools import machine
 from angelforge.tools.finding import Finding
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json

@@ -10,9 +10,9 @@ from angelforge.config import ModelConfig
 from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
 from angelforge.errors import UsageError
+from angelforge.machine import memory
 from angelforge.precision import Precision
 from angelforge.targets import TARGETS, Target, get_target
-from angelforge.tools.machine import memory
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
 from angelforge.tools.plan_model import read_model

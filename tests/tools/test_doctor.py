@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from angelforge.machine import Gpu, Memory
 from angelforge.tools import checks_hardware as hardware
 from angelforge.tools import checks_software as software
 from angelforge.tools.cli import main
 from angelforge.tools.finding import Finding, installed, probe, requirements
-from angelforge.tools.machine import Gpu, Memory
 
 GB = 10**9
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from angelforge.tools import machine
-from angelforge.tools.machine import Gpu, Memory
+from angelforge import machine
+from angelforge.machine import Gpu, Memory
 
 GB = 10**9
 
