@@ -12,7 +12,9 @@ from typing import Any
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.tensorrt.dims import from_expressions, to_expressions
+from angelforge.plugins.tensorrt.driver import current_gpu, launch
 from angelforge.plugins.tensorrt.fields import empty_arrays, from_fields, to_arrays, to_fields
+from angelforge.plugins.tensorrt.launches import Launch, plan_launch
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.plugins.tensorrt.types import from_tensorrt, to_tensorrt
 
@@ -33,6 +35,7 @@ class _Plugin:
             base.__init__(self)
         self.operator, self.attributes = operator, attributes
         self.arrays = to_arrays(operator, attributes)
+        self.planned: tuple[Any, Launch] | None = None  # of the last shapes: a decode repeats them
         self.plugin_name, self.plugin_namespace = operator.name, DOMAIN
         self.plugin_version = str(operator.version)
         self.num_outputs = len(operator.outputs)
@@ -45,7 +48,7 @@ class _Plugin:
         return self
 
     def clone(self) -> "_Plugin":
-        """A copy; nothing in a plugin changes after its creation."""
+        """A copy."""
         return type(self)(self.operator, self.attributes)
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
@@ -108,8 +111,12 @@ class _Plugin:
         workspace: int,
         stream: int,
     ) -> None:
-        """Launches the kernel."""
-        raise AngelForgeError(f"{self.operator.name} has no kernel in this version; run this bundle on target cpu.")
+        """Launches the operator's kernel on TensorRT's stream, on TensorRT's own memory."""
+        shapes = tuple(tuple(desc.dims) for desc in input_desc)
+        if self.planned is None or self.planned[0] != shapes:
+            types = [from_tensorrt(self.api, desc.type) for desc in input_desc]
+            self.planned = shapes, plan_launch(self.operator, shapes, types, self.attributes, None, current_gpu())
+        launch(self.planned[1], inputs, outputs, stream)
 
 
 def _bases(api: Any) -> tuple[Any, ...]:

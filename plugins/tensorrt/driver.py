@@ -1,0 +1,98 @@
+"""Launches compiled kernels through the CUDA driver, on any stream and by raw pointers; needs no CUDA package."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from angelforge.errors import AngelForgeError
+from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.tensorrt.gpu import find_gpu
+from angelforge.plugins.tensorrt.launches import Launch
+from angelforge.plugins.tensorrt.ptx import SCRATCH_PARAMETERS
+
+# CUfunction_attribute of cuda.h
+_MAX_DYNAMIC_SHARED = 8
+STATIC_SHARED = 48 * 1024  # bytes a block may have without asking for more
+
+
+def launch(plan: Launch, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
+    """Launches a kernel on `stream` of the current CUDA context; an empty grid launches nothing. Asynchronous.
+
+    Raises:
+        AngelForgeError: the driver refuses.
+    """
+    if 0 in plan.grid:
+        return
+    compiled = plan.compiled
+    function = _function(_current_context(), compiled.cubin, compiled.entry, compiled.shared)
+    values = [
+        *(ctypes.c_uint64(pointer) for pointer in inputs),
+        *(ctypes.c_int32(extra) for extra in plan.extras),
+        *(ctypes.c_uint64(pointer) for pointer in outputs),
+        *(ctypes.c_uint64(0) for _ in range(SCRATCH_PARAMETERS)),
+    ]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    block = (compiled.warps * 32, 1, 1)
+    _check(
+        "launch",
+        _driver().cuLaunchKernel(
+            function, *plan.grid, *block, compiled.shared, ctypes.c_void_p(stream), arguments, None
+        ),
+    )
+
+
+def current_gpu() -> Gpu:
+    """The device of the current CUDA context, as launch rules know it.
+
+    Raises:
+        AngelForgeError: there is no context.
+    """
+    device = ctypes.c_int()
+    _check("find the current device", _driver().cuCtxGetDevice(ctypes.byref(device)))
+    return _gpu(device.value)
+
+
+@cache
+def _gpu(device: int) -> Gpu:
+    found = find_gpu(device)
+    assert found is not None  # a context of it is current
+    return Gpu(found.architecture, found.sms)
+
+
+@cache
+def _driver() -> Any:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise AngelForgeError("This machine has no NVIDIA driver (libcuda.so.1).") from error
+    library.cuLaunchKernel.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
+    library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    return library
+
+
+def _current_context() -> int:
+    context = ctypes.c_void_p()
+    _check("find the current context", _driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context.value:
+        raise AngelForgeError("No CUDA context is current in this thread, so no kernel can be launched.")
+    return context.value
+
+
+@cache
+def _function(context: int, cubin: bytes, entry: str, shared: int) -> ctypes.c_void_p:
+    """The loaded kernel; modules belong to a context and stay loaded."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check("load a kernel", _driver().cuModuleLoadData(ctypes.byref(module), cubin))
+    _check("find a kernel", _driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()))
+    if shared > STATIC_SHARED:
+        _check("reserve shared memory", _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))
+    return function
+
+
+def _check(action: str, code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        said = text.value.decode() if text.value else "unknown error"
+        raise AngelForgeError(f"CUDA cannot {action}: {said} (error {code}).")

@@ -1,0 +1,117 @@
+"""Ahead-of-time plugins: NVIDIA's own classes, of the real TensorRT 11 bindings, ask for shapes, sizes and PTX."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from support.empty_tensorrt import empty_tensorrt
+
+from angelforge.plugins.binding import bind
+from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.registry import OPERATORS
+from angelforge.plugins.tensorrt.kernels import find_kernel
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "nvidia_plugins.py"
+H20 = Gpu("sm_90", 78)
+STATIC_SHARED = 48 * 1024  # bytes; whether TensorRT asks for more is not known
+ONNX_NAMES = {"FLOAT": "FLOAT", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN", "INT32": "INT32", "INT64": "INT64"}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One in which the bindings of TensorRT 11 can be imported and kernels be compiled."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return kept | {"LD_LIBRARY_PATH": str(empty_tensorrt(folder))}
+
+
+@pytest.fixture(scope="module", params=[("fp8", 8), ("bf16", 8192)], ids=lambda params: params[0])
+def driven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What NVIDIA's classes were told of every operator of a precision, in some profiles."""
+    command = [sys.executable, str(PROGRAM), *map(str, request.param)]
+    folder = tmp_path_factory.mktemp("tensorrt")
+    result = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_every_operator_is_driven(driven: list[dict[str, Any]]) -> None:
+    assert len({row["operator"] for row in driven}) >= 10
+
+
+def test_shapes_and_types_are_the_operators(driven: list[dict[str, Any]]) -> None:
+    """Though the fields arrive in reversed order, which permutes what NVIDIA's classes hand on by position."""
+    for row in driven:
+        operator = OPERATORS[row["operator"]]
+        types = [ir.DataType[ONNX_NAMES[name]] for name in row["types"]]
+        expected = [dtype.name for dtype in operator.output_types(types, row["attributes"])]
+        assert [ONNX_NAMES[name] for name in row["output_types"]] == expected
+        assert row["formats"] == [[name, "LINEAR"] for name in (*row["types"], *row["output_types"])]
+        for step in row["steps"]:
+            binding = bind(operator, step["inputs"], types, row["attributes"])
+            assert step["outputs"] == [list(shape) for shape in binding.output_shapes], row["operator"]
+
+
+def test_launches_are_the_kernels(driven: list[dict[str, Any]]) -> None:
+    """Grid and integer arguments, evaluated at other sizes than the profile's, are what the launch rule gives there."""
+    for row in driven:
+        operator, kernel = OPERATORS[row["operator"]], find_kernel(OPERATORS[row["operator"]])
+        types = [ir.DataType[ONNX_NAMES[name]] for name in row["types"]]
+        assert row["extra_types"] == ["INT32"] * len(kernel.extras)
+        most = bind(operator, row["steps"][-1]["inputs"], types, row["attributes"]).dims["T"]  # for the head: rows
+        for step in row["steps"]:
+            dims = bind(operator, step["inputs"], types, row["attributes"]).dims
+            tile = kernel.tile(dims, most)
+            launch = step["launch"]
+            assert (launch["grid_x"], launch["grid_y"], launch["grid_z"]) == tuple(kernel.grid(dims, H20, tile))
+            assert step["extras"] == [dims[name] for name in kernel.extras]
+            assert (launch["block_x"], launch["block_y"], launch["block_z"]) == (tile.warps * 32, 1, 1)
+
+
+def test_decode_tiles_fit_in_static_shared_memory(driven: list[dict[str, Any]]) -> None:
+    for row in driven:
+        if row["most_tokens"] <= 64:
+            assert row["steps"][0]["launch"]["shared_mem"] <= STATIC_SHARED, row["operator"]
+
+
+def test_aliased_outputs_are_told(driven: list[dict[str, Any]]) -> None:
+    for row in driven:
+        operator = OPERATORS[row["operator"]]
+        names = [port.name for port in operator.inputs]
+        expected = [operator.aliases.get(port.name) for port in operator.outputs]
+        assert row["aliased"] == [-1 if name is None else names.index(name) for name in expected]
+
+
+def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> None:
+    """The PTX takes exactly what TensorRT passes, in its order, with the block size that TensorRT is told."""
+    for row in driven:
+        operator, kernel = OPERATORS[row["operator"]], find_kernel(OPERATORS[row["operator"]])
+        head = re.search(rf"\.entry {row['entry']}\((.*?)\)\s*\.reqntid (\d+)", row["ptx"], re.DOTALL)
+        assert head
+        kinds = re.findall(r"\.param \.(\w+)", head[1])
+        pointers, integers = ["u64"] * len(operator.inputs), ["u32"] * len(kernel.extras)
+        assert kinds == [*pointers, *integers, *["u64"] * len(operator.outputs)], row["operator"]
+        assert int(head[2]) == row["steps"][0]["launch"]["block_x"]
+        assert ".debug_" not in row["ptx"]
+        assert "/" not in row["ptx"].replace("//", ""), "a path of this machine"
+
+
+def test_it_assembles(driven: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The cut PTX of every decode kernel is valid."""
+    import triton
+
+    for row in driven:
+        if row["most_tokens"] > 64:
+            continue
+        source = tmp_path / f"{row['entry']}.ptx"
+        source.write_text(row["ptx"])
+        command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{row['operator']}: {result.stderr}"
