@@ -41,7 +41,7 @@ class Manifest:
     """All facts about a bundle. Paths are relative to it, with slashes."""
 
     producer: str  # program and version that wrote it
-    model: ModelConfig
+    model: ModelConfig  # its quantization is that of the bundle's weights
     precision: Precision
     page_size: int  # tokens in a page of the KV pool
     max_context: int  # positions
@@ -60,11 +60,6 @@ class Manifest:
     def draft_digest(self) -> str | None:
         """Digest of the draft's configuration, None without a draft."""
         return None if self.draft is None else self.draft.digest()
-
-    @property
-    def source_quantized(self) -> bool:
-        """Whether the checkpoint was an FP8 one."""
-        return self.model.quantization is not None
 
     @property
     def rope(self) -> dict[str, float | int]:
@@ -140,7 +135,6 @@ class Manifest:
         return {
             "model_digest": self.model_digest,
             "draft_digest": self.draft_digest,
-            "source_quantized": self.source_quantized,
             "rope": self.rope,
         }
 

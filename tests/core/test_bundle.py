@@ -64,9 +64,9 @@ def test_what_is_written_is_read_back(folder):
 
 
 def test_the_file_tells_what_the_model_implies(folder):
-    """Digest, rope and quantisation stand in the file for readers that do not know the project."""
+    """Digest and rope stand in the file for readers that do not know the project."""
     written = json.loads((folder / "angelforge.json").read_text())
-    assert written["format"] == 1 and written["model_digest"] == MODEL.digest() and not written["source_quantized"]
+    assert written["format"] == 1 and written["model_digest"] == MODEL.digest()
     assert written["rope"] == {"factor": 4.0, "attention_factor": MODEL.rope_scaling.attention_factor, "rotary_dim": 16}
     assert set(written["files"][HEAD]) == {"size", "sha256", "header_sha256"}
     assert set(written["files"]["model.onnx"]) == {"size", "sha256"}
