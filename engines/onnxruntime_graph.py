@@ -28,6 +28,11 @@ OLDER_OPSET = 23
 FIRST_WITH_OPSET_24 = Version("1.24")
 
 
+# Optimisers that look at the values of initializers, which are zeros here: ConstantSharing would merge all biases of up
+# to 8 experts into one.
+_READ_VALUES = ("ConstantFolding", "ConstantSharing")
+
+
 def session_options(weights_root: Path, threads: int = 0) -> onnxruntime.SessionOptions:
     """Options under which initializers are mapped from files below `weights_root` and not copied."""
     options = onnxruntime.SessionOptions()
@@ -61,7 +66,7 @@ def optimize(model: ir.Model) -> bytes:
                 ir.to_proto(model).SerializeToString(),
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"],
+                disabled_optimizers=list(_READ_VALUES),
             )
         except ONNXRUNTIME_ERRORS as error:
             raise AngelForgeError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
@@ -93,10 +98,11 @@ def _place_sparse_files(model: ir.Model, root: Path) -> None:
 
 def _check_weights(optimized: onnx.ModelProto, weights: Mapping[str, ir.Value]) -> None:
     """The optimiser must have left every weight where it was: what it inlined would be the sparse file's zeros."""
-    for tensor in optimized.graph.initializer:
-        external = tensor.data_location == onnx.TensorProto.EXTERNAL
-        if external != (tensor.name in weights):
-            raise AngelForgeError(
-                f"ONNX Runtime {onnxruntime.__version__} rewrote the weight {tensor.name} while optimising; "
-                "please report this with the version."
-            )
+    found = {tensor.name: tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in optimized.graph.initializer}
+    wrong = [name for name, external in found.items() if external != (name in weights)]
+    wrong += [name for name in weights if name not in found]
+    if wrong:
+        raise AngelForgeError(
+            f"ONNX Runtime {onnxruntime.__version__} rewrote the weight {wrong[0]} while optimising; "
+            "please report this with the version."
+        )

@@ -96,6 +96,7 @@ def test_padding_rows_and_sequences_change_nothing(model: tuple[Reference, OnnxR
 
 
 SIZES = {
+    "so few experts that their biases look like constants": {"num_experts": 8},
     "no groups": {"n_group": 1, "topk_group": 1},
     "other groups": {"num_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 5},
     "head_dim apart from hidden size": {"head_dim": 48, "partial_rotary_factor": 0.25},
