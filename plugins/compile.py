@@ -39,11 +39,11 @@ _PTX = {
     "mma.sync bf16": r"mma\.sync\S*\.bf16",
     "mma.sync tf32": r"mma\.sync\S*\.tf32",
     "fp8 to f16": r"cvt\.\S*f16x2\.e4m3x2",
-    "f32 to fp8": r"cvt\.\S*e4m3x2\.f32",
+    "f32 to fp8": r"cvt\.rn\.satfinite\.e4m3x2\.f32",
     "16-byte loads": r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10\b|cp\.async\.bulk",
     "ieee divisions": r"div\.rn\.f32",
 }
-_SASS = {"local loads": r"\bLDL\b", "local stores": r"\bSTL\b"}
+_SASS = {"instructions": r"/\*[0-9a-f]{4,}\*/ ", "local loads": r"\bLDL\b", "local stores": r"\bSTL\b"}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_si
     return {"triton": triton.__version__, "architecture": "sm_90a", "precisions": found}
 
 
-COLUMNS = ("wgmma e4m3", "wgmma bf16", "mma.sync f16", "fp8 to f16", "16-byte loads")
+COLUMNS = ("instructions", "wgmma e4m3", "wgmma bf16", "mma.sync f16", "fp8 to f16", "16-byte loads")
 HEAD = ("operator", "sizes", "tokens ≤", "tile m×n×k, warps, stages", "registers", "shared", "spills", *COLUMNS)
 
 

@@ -76,7 +76,7 @@ def magnitudes(kernel: Kernel, inputs: list[np.ndarray]) -> list[np.ndarray]:
 
 def assert_linear(found: np.ndarray, body: np.ndarray, size: np.ndarray) -> None:
     """Equal up to the order of sums and one rounding of the output."""
-    step = 2.0**-8 if found.dtype == BF16 else 2.0**-23
+    step = 2.0**-7 if found.dtype == BF16 else 2.0**-23
     limit = SUM_ERROR * size + step * np.abs(body.astype(np.float64))
     assert (np.abs(found.astype(np.float64) - body.astype(np.float64)) <= limit).all()
 
@@ -110,7 +110,7 @@ def test_gate_up_equals_its_body(tokens: int, channels: int, depth: int, profile
     found = run(GATE_UP, inputs, {}, profile_tokens=profile)[0].astype(np.float64)
     body = run_body(GATE_UP.operator, inputs, {})[0].astype(np.float64)
     gate, up = magnitudes(GATE_UP, inputs)  # |silu(g)| ≤ |g|, |silu'| ≤ 1.1
-    assert (np.abs(found - body) <= 3 * SUM_ERROR * gate * up + 2.0**-8 * np.abs(body)).all()
+    assert (np.abs(found - body) <= 3 * SUM_ERROR * gate * up + 2.0**-7 * np.abs(body)).all()
 
 
 @EXAMPLES
@@ -160,6 +160,25 @@ def test_extreme_inputs_give_finite_outputs(kernel: Kernel, size: float) -> None
     for y, body in zip(found, run_body(kernel.operator, inputs, attributes_of(kernel, BF16_TYPE)), strict=True):
         assert np.isfinite(y.astype(np.float32)).all()
         np.testing.assert_allclose(y.astype(np.float32), body.astype(np.float32), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens"), [(LINEAR, 8197), (FP8_LINEAR, 1100), (GATE_UP, 1100), (FP8_GATE_UP, 1100)]
+)
+def test_every_tile_of_a_long_prefill_is_computed(kernel: Kernel, tokens: int) -> None:
+    """More row tiles than one group has, the last group and the last tile not full: every element is right."""
+    inputs = make_inputs(kernel, tokens, 130 if tokens < 8192 else 8, 16, np.random.default_rng(2))
+    found = run(kernel, inputs, attributes_of(kernel, F32_TYPE))[0].astype(np.float64)
+    body = run_body(kernel.operator, inputs, attributes_of(kernel, F32_TYPE))[0].astype(np.float64)
+    np.testing.assert_allclose(found, body, rtol=0.125, atol=np.abs(body).max() * 1e-3)
+
+
+@pytest.mark.parametrize("kernel", MATMULS, ids=lambda kernel: kernel.operator.name)
+def test_no_rows_give_no_rows(kernel: Kernel) -> None:
+    """A call in which no row needs logits launches nothing."""
+    inputs = make_inputs(kernel, 0, 70, 130, np.random.default_rng(0))
+    found = run(kernel, inputs, attributes_of(kernel, F32_TYPE))
+    assert found[0].shape == (0, 70)
 
 
 @pytest.mark.parametrize("kernel", [LINEAR, GATE_UP], ids=lambda kernel: kernel.operator.name)
