@@ -20,6 +20,7 @@ from angelforge.engines.shapes import check_volumes
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
 from angelforge.engines.tensorrt_progress import Report
 from angelforge.errors import AngelForgeError, UsageError
+from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.gpu import GpuFacts, require_gpu
 from angelforge.plugins.tensorrt.kernels import kernel_digest
@@ -52,7 +53,12 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
     with lock(folder / ".lock"):
         remove_leftovers(folder)
         request = EngineRequest(
-            library, target.architecture, prepared.profiles, options.optimization_level, folder / TIMING_CACHE
+            library=library,
+            architecture=target.architecture,
+            profiles=prepared.profiles,
+            ahead_of_time=Gpu(gpu.architecture, gpu.sms) if gpu and options.plugins == "aot" else None,
+            optimization_level=options.optimization_level,
+            timing_cache=folder / TIMING_CACHE,
         )
         engine = build_engine(prepared.model, request, folder / LOG, report)
         digest = sha256(engine).hexdigest()
@@ -74,7 +80,7 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
             tensor_parallel=options.tensor_parallel,
             kernels=kernel_digests(bundle),
             profiles=[profile.to_dict() for profile in prepared.profiles],
-            options=options.to_dict(),
+            options=options.to_dict() | {"plugins": "aot" if request.ahead_of_time else "python"},
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=round(perf_counter() - begin, 3),
             **bundle_facts(bundle),

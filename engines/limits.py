@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -18,6 +18,9 @@ from angelforge.targets import Target
 _USEFUL_BATCHES = 4
 
 
+Plugins = Literal["aot", "python"]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What a build may be asked for beside bundle and target; None: chosen from target and plan."""
@@ -28,6 +31,7 @@ class BuildOptions:
     pages: int | None = None  # of the pool
     tensor_parallel: int = 1
     optimization_level: int | None = None  # of TensorRT, 0 to 5
+    plugins: Plugins = "aot"  # of TensorRT 11: PTX in the engine, or launched from Python
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:

@@ -17,8 +17,11 @@ from angelforge.engines.tensorrt_log import recording
 from angelforge.engines.tensorrt_parse import ParsedNetwork, parse_network
 from angelforge.engines.tensorrt_progress import Report, make_monitor
 from angelforge.errors import AngelForgeError
+from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.adapter import register
+from angelforge.plugins.tensorrt.aot import register_ahead_of_time
 from angelforge.plugins.tensorrt.library import Library
 
 _POLL = 0.1  # seconds between looks at Ctrl-C
@@ -31,6 +34,7 @@ class EngineRequest:
     library: Library
     architecture: str  # "sm_90"
     profiles: Sequence[Profile]
+    ahead_of_time: Gpu | None = None  # plugins as PTX for this GPU (TensorRT 11); None: plugins in Python
     optimization_level: int | None = None  # 0 to 5, None: TensorRT's default
     timing_cache: Path | None = None
 
@@ -42,9 +46,9 @@ def build_engine(model: ir.Model, request: EngineRequest, log_file: Path, report
         AngelForgeError: TensorRT refuses the graph or gives the build up.
         KeyboardInterrupt: Ctrl-C; TensorRT has ended its work by then.
     """
-    register(request.library, OPERATORS.values())
+    flags = _register_plugins(model, request)
     with recording(request.library, log_file) as log:
-        parsed = parse_network(request.library, model)
+        parsed = parse_network(request.library, model, flags)
         cancel = Event()
         config = _configure(parsed, request)
         monitor = make_monitor(request.library, report, cancel)
@@ -56,6 +60,18 @@ def build_engine(model: ir.Model, request: EngineRequest, log_file: Path, report
                 explain_build_errors(request.library.title, log.errors, describe_nodes(model), log_file)
             )
         return bytes(engine)
+
+
+def _register_plugins(model: ir.Model, request: EngineRequest) -> int:
+    """Registers what the graph needs; returns the flags that its network is to be created with."""
+    if request.ahead_of_time is None:
+        register(request.library, OPERATORS.values())
+        return 0
+    for node in model.graph:
+        node.attributes.pop("plugin_version", None)  # NVIDIA's classes know version 1 only
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    register_ahead_of_time(request.library, [OPERATORS[name] for name in sorted(used)], request.ahead_of_time)
+    return 1 << int(request.library.api.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
 
 
 def _configure(parsed: ParsedNetwork, request: EngineRequest) -> Any:

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 @click.option("--pages", type=int, help="Pages of the KV cache.  [default: what memory the plan leaves]")
 @click.option("--tensor-parallel", type=int, help="Devices that share the model.  [default: 1]")
 @click.option("--optimization-level", type=int, help="TensorRT's builder level, 0 to 5.  [default: TensorRT's own]")
+@click.option(
+    "--plugins", type=click.Choice(["aot", "python"]), help="TensorRT 11: kernels in the engine, or in Python."
+)
 @click.option("--preflight", is_flag=True, help="Only prove, on any machine, that the bundle builds for the target.")
 @json_option
-def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: int | None) -> None:
+def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: Any) -> None:
     """Build a bundle's engine for a target. No weight is read: they may still be packed meanwhile.
 
     TensorRT's engines (h20, h100, h200) are built on the GPU that they are for, those of TensorRT for RTX and the CPU's

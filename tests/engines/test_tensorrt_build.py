@@ -57,7 +57,7 @@ def test_the_engine_stands_beside_its_manifest(bundle: Bundle, built: EngineMani
     assert (built.backend, built.backend_version) == ("tensorrt-rtx", rtx().version)
     assert (built.architecture, built.gpu, built.driver, built.tensor_parallel) == ("sm_89", None, None, 1)
     assert [profile["name"] for profile in built.profiles] == ["decode-8", "prefill"]
-    assert built.options == SMALL.to_dict()
+    assert built.options == SMALL.to_dict() | {"plugins": "python"}
     assert set(built.kernels) == set(built.operators) == set(bundle.manifest.operators)
     assert {path.name for path in folder(bundle).iterdir()} == {built.engine, "manifest.json", "build.log"}
 
