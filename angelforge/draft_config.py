@@ -1,10 +1,11 @@
-"""The configuration of an EAGLE3 draft: one Llama layer that guesses what the target will say (MODEL.md, EAGLE3 draft)."""
+"""The configuration of an EAGLE3 draft: one Llama layer that guesses what the target says (MODEL.md, EAGLE3 draft)."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class DraftConfig:
     draft_vocab_size: int  # tokens that the draft can propose
     rms_norm_eps: float
     rope_theta: float
+    max_position_embeddings: int  # what it was trained for; beyond it guesses may be worse
     capture_layers: tuple[int, ...]  # target layers after which the residual stream is taken, in the order of `fc`
     fc_norm: bool  # each captured state is normalised before `fc`
     norm_output: bool  # a step hands on its state after `norm`, not before
@@ -43,7 +45,10 @@ class DraftConfig:
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         rules = (
-            (heads % kv_heads == 0, f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}"),
+            (
+                heads % kv_heads == 0,
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}",
+            ),
             (self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even"),
             (self.rope_theta > 1.0, f"rope_theta {self.rope_theta:g} must be greater than 1"),
             (
@@ -115,3 +120,13 @@ class DraftConfig:
     def rotary_dim(self) -> int:
         """RoPE turns the whole head."""
         return self.head_dim
+
+    @property
+    def rope_scaling(self) -> None:
+        """The positions of a draft are never scaled."""
+        return None
+
+    @property
+    def max_context(self) -> int:
+        """Any position: a draft that is used beyond its training makes worse guesses, never a wrong output."""
+        return sys.maxsize

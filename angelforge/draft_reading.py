@@ -37,13 +37,14 @@ def read_draft_fields(raw: object, target: ModelConfig, source: str) -> dict[str
         "draft_vocab_size": config.integer("draft_vocab_size", default=target.vocab_size),
         "rms_norm_eps": config.number("rms_norm_eps", default=1e-6),
         "rope_theta": _read_theta(config, head_dim),
+        "max_position_embeddings": config.integer("max_position_embeddings", default=target.max_context),
         "capture_layers": _read_layers(config, target),
         "fc_norm": config.boolean("fc_norm", False),
         "norm_output": config.boolean("norm_output", False),
         "torch_dtype": read_dtype(config),
     }
     _check_target(config, target, fields)
-    notes = _read_notes(config, target)
+    notes = _read_notes(config, target, fields["max_position_embeddings"])
     notes += check_other_keys(config, "Only EAGLE3 drafts of one Llama layer, as published, can be exported.")
     return {**fields, "notes": notes}
 
@@ -117,10 +118,9 @@ def _check_target(config: Section, target: ModelConfig, fields: Mapping[str, Any
             )
 
 
-def _read_notes(config: Section, target: ModelConfig) -> tuple[str, ...]:
+def _read_notes(config: Section, target: ModelConfig, trained: int) -> tuple[str, ...]:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # may exceed the vocabulary; the target's count
         config.get(key)
-    trained = config.integer("max_position_embeddings", default=target.max_context)
     if trained >= target.max_context:
         return ()
     return (

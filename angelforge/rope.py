@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from angelforge.config import ModelConfig
 from angelforge.config_rope import RopeScaling
 from angelforge.errors import UsageError
 
@@ -16,7 +15,36 @@ from angelforge.errors import UsageError
 _ROWS = 8192
 
 
-def inverse_frequencies(config: ModelConfig) -> npt.NDArray[np.float64]:
+class Rotation(Protocol):
+    """What decides the rotation: a model's configuration or a draft's."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated values of a head."""
+        ...
+
+    @property
+    def rope_theta(self) -> float:
+        """The base."""
+        ...
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """YaRN, if any."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions that it was trained for."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Positions that it may be used for."""
+        ...
+
+
+def inverse_frequencies(config: Rotation) -> npt.NDArray[np.float64]:
     """Radians per position of each rotated pair (i, i + rotary_dim/2), f64 [rotary_dim/2].
 
     Without scaling theta^(-2i/d). With YaRN, "NTK-by-parts" (Peng et al. 2023, arXiv 2309.00071, section 3.2): pairs
@@ -48,7 +76,7 @@ def yarn_ramp(scaling: RopeScaling, rotary_dim: int, theta: float) -> tuple[int,
     return max(low, 0), min(high, rotary_dim - 1)
 
 
-def rope_tables(config: ModelConfig, positions: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def rope_tables(config: Rotation, positions: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """cos and sin of every position and pair, each f32 [positions, rotary_dim/2], rounded once from f64.
 
     YaRN's attention factor is multiplied in. Raises UsageError if `positions` exceeds what the model covers, because
@@ -71,7 +99,7 @@ def rope_tables(config: ModelConfig, positions: int) -> tuple[npt.NDArray[Any], 
     return cos, sin
 
 
-def too_long_remedy(config: ModelConfig, positions: int) -> str:
+def too_long_remedy(config: Rotation, positions: int) -> str:
     """What to do when more positions are wanted than the model covers: the exact option, or a smaller number."""
     if config.rope_scaling is not None or positions < 1:
         return f"Ask for 1 to {config.max_context}."

@@ -13,6 +13,7 @@ from angelforge.errors import AngelForgeError
 
 FORMAT = 1
 FILE = "manifest.json"
+DRAFT_FILE = "draft.json"  # the manifest of the draft's engine
 
 # How a difference is told: what the engine has, what is needed.
 _DIFFERENCES = {
@@ -22,6 +23,7 @@ _DIFFERENCES = {
     "engine_bytes": "has {needed} bytes, expected {found}: it was cut off or replaced",
     "model_digest": "was built for another model configuration ({found}) than the bundle's ({needed})",
     "graph_digest": "was built from another graph ({found}) than the bundle's ({needed})",
+    "target_digest": "was built beside the target {found}, but the bundle's target is {needed}",
     "draft_digest": "was built beside the draft {found}, but the bundle's draft is {needed}",
     "precision": "was built for precision {found}, but the bundle has {needed}",
     "max_context": "was built for contexts of {found} tokens, but the bundle has {needed}",
@@ -60,6 +62,7 @@ class EngineManifest:
     tensor_parallel: int = 1  # ranks
     rope: Mapping[str, float | int] = field(default_factory=dict)  # YaRN factor, attention factor, rotary width
     draft_digest: str | None = None  # of the bundle's draft graph
+    target_digest: str | None = None  # of the bundle's target graph, in the manifest of a draft's engine
     kernels: Mapping[str, str] = field(default_factory=dict)  # digests by operator
     profiles: Sequence[Mapping[str, Any]] = ()  # `Profile.to_dict`
     options: Mapping[str, Any] = field(default_factory=dict)  # of the build
@@ -70,18 +73,18 @@ class EngineManifest:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def load(cls, folder: Path) -> "EngineManifest":
+    def load(cls, folder: Path, file: str = FILE) -> "EngineManifest":
         """Reads the manifest in `folder`.
 
         Raises:
             AngelForgeError: there is none, or it is not one of this format.
         """
-        path = folder / FILE
+        path = folder / file
         rebuild = "Build the engine again: angelforge build."
         try:
             raw: Any = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise AngelForgeError(f"There is no engine in {folder} (no {FILE}). {rebuild}") from error
+            raise AngelForgeError(f"There is no engine in {folder} (no {file}). {rebuild}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise AngelForgeError(f"{path} cannot be read: {error}. {rebuild}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -143,7 +146,7 @@ def file_digest(path: Path) -> str:
 
 _INTEGERS = {"max_context", "page_size", "engine_bytes", "tensor_parallel", "format"}
 _OBJECTS = {"operators", "rope", "kernels", "options"}
-_OPTIONAL = {"gpu", "driver", "draft_digest"}
+_OPTIONAL = {"gpu", "driver", "draft_digest", "target_digest"}
 
 
 def _fits(name: str, value: object) -> bool:

@@ -69,19 +69,27 @@ class Attention(nn.Module):  # type: ignore[misc]
             rotary_dim=config.rotary_dim,
             epsilon=config.rms_norm_eps,
         )
-        parts = call(
-            op,
-            PAGED_ATTENTION,
-            query,
-            pool,
-            step.page_table,
-            step.query_start,
-            step.kv_length,
-            step.positions,
-            scale=config.head_dim**-0.5,
-            split_length=SPLIT_LENGTH,
-            split_queries=SPLIT_QUERIES,
-        )
-        merge = ATTENTION_MERGE_QUANTIZE if self.precision.quantized else ATTENTION_MERGE
-        attended = call(op, merge, *parts, step.query_start, step.kv_length, split_length=SPLIT_LENGTH)
+        attended = attend(op, query, pool, step, config.head_dim, self.precision.quantized)
         return call(op, ALL_REDUCE, self.dense(op, attended)), pool
+
+
+def attend(
+    op: OpBuilder, query: ir.Value, pool: ir.Value, step: Step, head_dim: int, quantized: bool = False
+) -> Activation:
+    """query [T, heads, D] over the written pool → [T, heads·D]."""
+    parts = call(
+        op,
+        PAGED_ATTENTION,
+        query,
+        pool,
+        step.page_table,
+        step.query_start,
+        step.kv_length,
+        step.positions,
+        scale=head_dim**-0.5,
+        split_length=SPLIT_LENGTH,
+        split_queries=SPLIT_QUERIES,
+    )
+    merge = ATTENTION_MERGE_QUANTIZE if quantized else ATTENTION_MERGE
+    merged: Activation = call(op, merge, *parts, step.query_start, step.kv_length, split_length=SPLIT_LENGTH)
+    return merged

@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle: graph, weights, tokenizer files, and the manifest that makes them one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 
@@ -9,23 +9,24 @@ import onnx_ir as ir
 
 from angelforge import __version__
 from angelforge.atomic import atomic_file, lock, write_atomic
-from angelforge.bundle import Bundle, FileRecord, Manifest, record_file
-from angelforge.checkpoint import Checkpoint
-from angelforge.config import ModelConfig
+from angelforge.bundle import Bundle, Manifest, record_file
+from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
-from angelforge.errors import UsageError
 from angelforge.exporter.context import context_limit
-from angelforge.exporter.graph import build_graph, locate_weights
-from angelforge.exporter.layout import Shard, bundle_tensors, locate, plan_shards
+from angelforge.exporter.draft_layout import draft_tensors
+from angelforge.exporter.graph import build_draft_graph, build_graph, locate_weights
+from angelforge.exporter.layout import bundle_tensors, locate, plan_shards
 from angelforge.exporter.packer import Progress, pack, remove_stale
-from angelforge.hub import CONFIG_FILES
-from angelforge.hub import locate as find_source
+from angelforge.exporter.quantization_report import FILE as REPORT
+from angelforge.exporter.quantization_report import write_report
+from angelforge.exporter.sources import Sources
 from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 from angelforge.precision import Precision, natural_precision
 
 PAGE_SIZE = 64  # tokens of a page of the KV pool
 GRAPH = "model.onnx"
+DRAFT_GRAPH = "draft.onnx"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,6 +46,7 @@ class ExportOptions:
     max_context: int | None = None  # positions; all that the model covers
     layers: int | None = None  # only the first ones
     graph_only: bool = False  # no weights: from config.json alone
+    draft: str | None = None  # folder or Hub id of an EAGLE3 draft
 
 
 def export(source: str, folder: Path, options: ExportOptions, progress: Progress | None = None) -> Bundle:
@@ -56,52 +58,56 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
         AngelForgeError: the checkpoint is damaged or not of this architecture, or the disk refuses.
         UsageError: the options contradict the checkpoint.
     """
-    checkpoint = None if options.graph_only else Checkpoint.open(source, options.layers)
-    if checkpoint is None:
-        origin = find_source(source, (*CONFIG_FILES, *TOKENIZER_FILES))
-        config = ModelConfig.load(origin)
-        config = config if options.layers is None else config.with_layers(options.layers)
-    else:
-        checkpoint.check()
-        origin, config = checkpoint.folder, checkpoint.config
-    if options.rope_scaling is not None:
-        config = config.with_rope_scaling(options.rope_scaling)
-    _check_supported(config)
+    sources = Sources.open(source, options.draft, options.layers, options.graph_only, TOKENIZER_FILES)
+    sources = sources.with_rope_scaling(options.rope_scaling)
+    config, draft = sources.config, sources.draft
     precision = options.precision or natural_precision(config)
     max_context = context_limit(config, options.max_context)
     tensors = bundle_tensors(config, precision, max_context)
+    graphs = {GRAPH: build_graph(config, precision, PAGE_SIZE, max_context, draft)}
+    if draft is not None:
+        tensors += draft_tensors(draft, precision, max_context)
+        graphs[DRAFT_GRAPH] = build_draft_graph(draft, config, precision, PAGE_SIZE, max_context)
     shards = plan_shards(tensors)
-    model = build_graph(config, precision, PAGE_SIZE, max_context)
-    locate_weights(model, locate(tensors, shards))
+    for model in graphs.values():
+        locate_weights(model, locate(tensors, shards))
 
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".export.lock"):
-        write_atomic(folder / GRAPH, ir.to_proto(model).SerializeToString(deterministic=True))
-        files = {name: record_file(folder / name) for name in (GRAPH, *_copy_tokenizer(origin, folder))}
-        files |= _pack(checkpoint, shards, folder, progress)
+        _write_graphs(graphs, folder)
+        files = {name: record_file(folder / name) for name in (*graphs, *_copy_tokenizer(sources.folder, folder))}
+        packed = [] if sources.checkpoint is None else pack(sources.checkpoint, shards, folder, progress)
+        files |= {shard.file: shard.record for shard in packed}
+        if write_report(folder, packed):
+            files[REPORT] = record_file(folder / REPORT)
         Manifest(
             producer=f"angelforge {__version__}",
-            model=config,
+            model=_as_stored(config, precision),
+            draft=draft,
             precision=precision,
             page_size=PAGE_SIZE,
             max_context=max_context,
-            operators=_operators_used(model),
-            graphs={"target": GRAPH},
-            weights="absent" if checkpoint is None else "packed",
+            operators=_operators_used(graphs.values()),
+            graphs={role: name for role, name in (("target", GRAPH), ("draft", DRAFT_GRAPH)) if name in graphs},
+            weights="absent" if sources.checkpoint is None else "packed",
             files=files,
         ).write(folder)
         remove_stale(folder, [shard.file for shard in shards])
         return Bundle.open(folder)
 
 
-def _check_supported(config: ModelConfig) -> None:
-    if not config.use_qk_norm:
-        raise UsageError("The checkpoint has use_qk_norm false; only models with QK-norm can be exported.")
+def _write_graphs(graphs: Mapping[str, ir.Model], folder: Path) -> None:
+    for name, model in graphs.items():
+        write_atomic(folder / name, ir.to_proto(model).SerializeToString(deterministic=True))
+    if DRAFT_GRAPH not in graphs:  # of an earlier export into this folder
+        with explained("remove", folder / DRAFT_GRAPH):
+            (folder / DRAFT_GRAPH).unlink(missing_ok=True)
 
 
-def _operators_used(model: ir.Model) -> dict[str, int]:
-    return {node.op_type: OPERATORS[node.op_type].version for node in model.graph if node.domain == DOMAIN}
+def _operators_used(models: Iterable[ir.Model]) -> dict[str, int]:
+    nodes = (node for model in models for node in model.graph if node.domain == DOMAIN)
+    return {node.op_type: OPERATORS[node.op_type].version for node in nodes}
 
 
 def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
@@ -112,10 +118,6 @@ def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
     return names
 
 
-def _pack(
-    checkpoint: Checkpoint | None, shards: Sequence[Shard], folder: Path, progress: Progress | None
-) -> dict[str, FileRecord]:
-    if checkpoint is None:
-        return {}
-    packed = pack(checkpoint, shards, folder, progress)
-    return {shard.file: FileRecord(shard.size, shard.sha256, shard.header_sha256) for shard in packed}
+def _as_stored(config: ModelConfig, precision: Precision) -> ModelConfig:
+    """The configuration with the quantisation of the bundle's weights, whatever the checkpoint's were."""
+    return replace(config, quantization=Quantization() if precision.quantized else None)

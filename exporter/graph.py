@@ -7,6 +7,8 @@ from onnxscript import GraphBuilder
 
 from angelforge import __version__
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
+from angelforge.exporter.draft import DraftLM
 from angelforge.exporter.model import CausalLM
 from angelforge.exporter.parts import onnx_type
 from angelforge.exporter.placement import Location
@@ -16,18 +18,54 @@ from angelforge.plugins.registry import functions_used
 from angelforge.precision import Precision
 
 
-def build_graph(config: ModelConfig, precision: Precision, page_size: int, max_context: int) -> ir.Model:
-    """The model's graph with function bodies; initializers have names, types and shapes but no data yet."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION}, name="model")
-    builder = GraphBuilder(graph)
+def build_graph(
+    config: ModelConfig, precision: Precision, page_size: int, max_context: int, draft: DraftConfig | None = None
+) -> ir.Model:
+    """The model's graph with function bodies; initializers have names, types and shapes but no data yet.
+
+    With a `draft` there is an output more, `draft_hidden` [T, hidden]: what the draft's graph takes as `hidden`.
+    """
+    builder = _builder("model")
     step = Step.inputs(builder)
     pool_shape = ["pages", 2, config.num_key_value_heads, page_size, config.head_dim]
     pool_type = onnx_type(precision.activation)
     pools = [builder.input(f"kv_cache.{i}", pool_type, pool_shape) for i in range(config.num_hidden_layers)]
-    logits, written = CausalLM(config, precision, max_context)(builder.op, step, pools)
+    logits, written, hidden = CausalLM(config, precision, max_context, draft)(builder.op, step, pools)
     builder.add_output(logits, "logits")
+    if hidden is not None:
+        builder.add_output(hidden, "draft_hidden")
     for i, pool in enumerate(written):
         builder.add_output(pool, f"kv_cache_out.{i}")
+    return _model(builder)
+
+
+def build_draft_graph(
+    draft: DraftConfig, target: ModelConfig, precision: Precision, page_size: int, max_context: int
+) -> ir.Model:
+    """The graph of one step of `draft` in a bundle of `precision`, in the one form that DESIGN.md fixes.
+
+    Beside `logits` f32 [R, draft vocabulary] and `hidden_out` [R, hidden] it gives `target_ids` int64 [R], the
+    likeliest token of each row as the target names it: `d2t` is applied where the logits are.
+    """
+    precision = precision.draft
+    dtype = onnx_type(precision.activation)
+    builder = _builder("draft")
+    step = Step.inputs(builder)
+    hidden = builder.input("hidden", dtype, ["T", draft.hidden_size])
+    pool = builder.input("kv_cache.0", dtype, ["pages", 2, draft.num_key_value_heads, page_size, draft.head_dim])
+    outputs = DraftLM(draft, target, precision, max_context)(builder.op, step, hidden, pool)
+    for value, name in zip(outputs, ("logits", "target_ids", "hidden_out", "kv_cache_out.0"), strict=True):
+        builder.add_output(value, name)
+    return _model(builder)
+
+
+def _builder(name: str) -> GraphBuilder:
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION}, name=name)
+    return GraphBuilder(graph)
+
+
+def _model(builder: GraphBuilder) -> ir.Model:
+    graph: ir.Graph = builder.graph
     return ir.Model(
         graph,
         ir_version=IR_VERSION,

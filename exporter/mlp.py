@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.exporter.parts import Normed, Weights, flat, projection, weight
 from angelforge.plugins.all_reduce.operator import ALL_REDUCE
@@ -25,7 +26,7 @@ from angelforge.precision import Precision
 class DenseMLP(nn.Module):  # type: ignore[misc]
     """`mlp` of the first layers: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig | DraftConfig, precision: Precision) -> None:
         super().__init__()
         width, hidden = config.intermediate_size, config.hidden_size
         self.operator = FP8_GATE_UP if precision.quantized else GATE_UP

@@ -1,13 +1,16 @@
 """BailingMoeV2 as modules that read like its checkpoint (MODEL.md, mathematics)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.exporter.attention import Attention, Rope
+from angelforge.exporter.captured import CapturedStates
 from angelforge.exporter.mlp import DenseMLP, SparseMLP
 from angelforge.exporter.parts import Projection, ResidualNorm, weight
 from angelforge.exporter.step import Step
@@ -50,12 +53,25 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         step: Step,
         rope: tuple[ir.Value, ir.Value],
         pool: ir.Value,
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """residual, delta [T, H] → (residual, delta, pool)."""
-        residual, normed = self.input_layernorm(op, residual, delta)
+    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """residual, delta [T, H] → (residual, delta, pool, the residual stream as it came in)."""
+        entered, normed = self.input_layernorm(op, residual, delta)
         delta, pool = self.attention(op, normed.for_matmul, step, rope, pool)
-        residual, normed = self.post_attention_layernorm(op, residual, delta)
-        return residual, self.mlp(op, normed, step.num_tokens), pool
+        residual, normed = self.post_attention_layernorm(op, entered, delta)
+        return residual, self.mlp(op, normed, step.num_tokens), pool, entered
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream behind every layer; behind the last one as two parts that nothing else adds up."""
+
+    between: tuple[ir.Value, ...]  # [T, H] after layers 0 to N − 2
+    residual: ir.Value  # [T, H]
+    delta: ir.Value  # [T, H]
+
+    def after(self, op: OpBuilder, layer: int) -> ir.Value:
+        """[T, H] after `layer`, counted from 0."""
+        return self.between[layer] if layer < len(self.between) else op.Add(self.residual, self.delta)
 
 
 class Transformer(nn.Module):  # type: ignore[misc]
@@ -69,30 +85,38 @@ class Transformer(nn.Module):  # type: ignore[misc]
 
     def forward(
         self, op: OpBuilder, step: Step, rope: tuple[ir.Value, ir.Value], pools: Sequence[ir.Value]
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        """T tokens → (normed hidden states of the R rows that want logits [R, H], the written pools)."""
+    ) -> tuple[ir.Value, list[ir.Value], Streams]:
+        """T tokens → (normed hidden states of the R rows that want logits [R, H], the written pools, the streams)."""
         residual, delta = self.word_embeddings(op, step.input_ids), None
-        written = []
+        written, entered = [], []
         for layer, pool in zip(self.layers, pools, strict=True):
-            residual, delta, pool_out = layer(op, residual, delta, step, rope, pool)
+            residual, delta, pool_out, stream = layer(op, residual, delta, step, rope, pool)
             written.append(pool_out)
+            entered.append(stream)
+        assert delta is not None  # a model has at least one layer
         wanted = [op.Gather(value, step.logit_indices, axis=0) for value in (residual, delta)]
         for value, name in zip(wanted, ("residual", "delta"), strict=True):
             value.name = f"wanted.{name}"
         _, normed = self.norm(op, *wanted)
-        return normed.plain, written
+        return normed.plain, written, Streams(tuple(entered[1:]), residual, delta)
 
 
 class CausalLM(nn.Module):  # type: ignore[misc]
-    """The whole model: rope tables, transformer, head."""
+    """The whole model: rope tables, transformer, head; with a draft also the projection that feeds it."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, max_context: int) -> None:
+    def __init__(
+        self, config: ModelConfig, precision: Precision, max_context: int, draft: DraftConfig | None = None
+    ) -> None:
         super().__init__("")
         self.rope = Rope(max_context, config.rotary_dim)
         self.model = Transformer(config, precision)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, precision.activation, DType.F32)
+        self.draft = None if draft is None else CapturedStates(draft, precision.draft)
 
-    def forward(self, op: OpBuilder, step: Step, pools: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
-        """→ (logits f32 [R, vocab], the written pools)."""
-        normed, written = self.model(op, step, self.rope(op), pools)
-        return self.lm_head(op, normed), written
+    def forward(
+        self, op: OpBuilder, step: Step, pools: Sequence[ir.Value]
+    ) -> tuple[ir.Value, list[ir.Value], ir.Value | None]:
+        """→ (logits f32 [R, vocab], the written pools, the draft's input [T, H])."""
+        normed, written, streams = self.model(op, step, self.rope(op), pools)
+        hidden = None if self.draft is None else self.draft(op, streams.after)
+        return self.lm_head(op, normed), written, hidden

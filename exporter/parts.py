@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.plugins.add_norm.operator import ADD_NORM
 from angelforge.plugins.add_norm_quantize.operator import ADD_NORM_QUANTIZE
@@ -86,7 +87,7 @@ def projection(inputs: int, outputs: int, precision: Precision) -> Projection:
 class ResidualNorm(nn.Module):  # type: ignore[misc]
     """Adds what the previous block made to the residual stream and normalises the sum."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, quantize: bool) -> None:
+    def __init__(self, config: ModelConfig | DraftConfig, precision: Precision, quantize: bool) -> None:
         super().__init__()
         self.weight = weight(precision.activation, config.hidden_size)
         self.epsilon = config.rms_norm_eps

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 
 Shape = tuple[int, ...]
@@ -35,7 +36,7 @@ class Piece:
 class RopeTable:
     """The cos or sin table of `angelforge.rope.rope_tables`, as many positions as the tensor has rows."""
 
-    config: ModelConfig
+    config: ModelConfig | DraftConfig
     function: Literal["cos", "sin"]
 
 

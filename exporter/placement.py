@@ -1,4 +1,4 @@
-"""Where every tensor of a bundle stands: one weight file a layer, offsets from names, types and shapes alone."""
+"""Where every tensor of a bundle stands: a weight file for each layer, offsets from names, types and shapes alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from angelforge.exporter.pieces import BundleTensor, SameBytes
 from angelforge.tensorfile import encode_header
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DRAFT = "draft."
 _HEAD = ("model.norm.", "lm_head.")
 
 
@@ -43,7 +44,7 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[BundleTensor]) -> list[Shard]:
-    """Distributes `tensors` over the weight files: embeddings, one for each layer, head.
+    """Distributes `tensors` over the weight files: embeddings, one for each layer, head, draft.
 
     The order in a file is by item size, then by size, both descending: so every tensor is aligned to its items, and
     large ones, whose sizes are multiples of a page, to pages. Depends on names, types and shapes alone.
@@ -68,6 +69,8 @@ def locate(tensors: Iterable[BundleTensor], shards: Sequence[Shard]) -> dict[str
 
 
 def _file_of(name: str) -> str:
+    if name.startswith(_DRAFT):
+        return "weights/draft.safetensors"
     if match := _LAYER.match(name):
         return f"weights/layer-{int(match[1]):03d}.safetensors"
     return f"weights/{'head' if name.startswith(_HEAD) else 'embeddings'}.safetensors"

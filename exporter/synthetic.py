@@ -134,7 +134,7 @@ def _write_index(folder: Path, files: Mapping[str, Sequence[Spec]]) -> None:
         return
     total = sum(spec.nbytes for part in files.values() for spec in part)
     weight_map = {spec.name: name for name, part in files.items() for spec in part}
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _config_content(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -145,9 +145,10 @@ def _config_content(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _write_config(folder: Path, content: Mapping[str, Any], ends: Sequence[int]) -> None:
     """generation_config.json and config.json; last, so that a folder with a config is a whole checkpoint."""
     generation = {"eos_token_id": sorted(set(ends)), "pad_token_id": content.get("pad_token_id")}
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(folder / "config.json", content)
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", content)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as Hugging Face tools do, whole or not at all."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")

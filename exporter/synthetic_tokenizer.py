@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,11 +41,12 @@ _TEXT = (
 )
 
 
-def write_tokenizer(folder: Path, vocab_size: int, max_positions: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, max_positions: int, texts: Iterable[str] = (_TEXT,)) -> None:
     """Writes tokenizer.json and tokenizer_config.json (with the chat template) for a model of `vocab_size` ids.
 
-    At most `vocab_size` ids are used, and fewer where the training text offers no more merges: the remaining ids exist
-    in the model alone, and decode to nothing. `vocab_size` must be at least SMALLEST.
+    The merges are learnt from `texts`. At most `vocab_size` ids are used, and fewer where they offer no
+    more merges: the remaining ids exist in the model alone, and decode to nothing. `vocab_size` must be at least
+    SMALLEST.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +57,7 @@ def write_tokenizer(folder: Path, vocab_size: int, max_positions: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "add_bos_token": False,

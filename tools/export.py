@@ -14,6 +14,7 @@ from angelforge.tools.output import format_bytes, print_json, total_progress
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--draft", metavar="DIR", help="An EAGLE3 draft for this checkpoint: a folder or a Hub id.")
 @click.option("--precision", type=click.Choice([p.value for p in Precision]), help="Default: the checkpoint's own.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="Stretch the context with YaRN, for example yarn:4.")
 @click.option("--max-context", type=int, help="Positions of the longest sequence. Default: all the model covers.")
@@ -23,6 +24,7 @@ from angelforge.tools.output import format_bytes, print_json, total_progress
 def export(
     checkpoint: str,
     bundle: Path,
+    draft: str | None,
     precision: str | None,
     rope_scaling: str | None,
     max_context: int | None,
@@ -48,10 +50,11 @@ def export(
         max_context=max_context,
         layers=layers,
         graph_only=graph_only,
+        draft=draft,
     )
     with total_progress("packing") as progress:
         result = run_export(checkpoint, bundle, options, progress)
-    for note in result.manifest.model.notes:
+    for note in _notes(result):
         click.echo(f"note: {note}", err=True)
     if as_json:
         print_json(_facts(result))
@@ -60,6 +63,7 @@ def export(
     click.echo(
         f"{result.folder}: {facts['layers']} layers in {facts['precision']}, {facts['max_context']} positions, "
         f"weights {format_bytes(facts['weight_bytes']) if facts['weight_bytes'] else 'absent'}"
+        + ("" if result.manifest.draft is None else f", a draft of {result.manifest.draft.draft_vocab_size} tokens")
     )
     click.echo(f"Next: angelforge build {result.folder} --target cpu")
 
@@ -73,5 +77,16 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "max_context": manifest.max_context,
         "rope": manifest.rope,
         "weight_bytes": sum(record.size for name, record in manifest.files.items() if name.startswith("weights/")),
-        "notes": list(manifest.model.notes),
+        "draft": None if manifest.draft is None else manifest.draft.to_dict(),
+        "notes": _notes(bundle),
     }
+
+
+def _notes(bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    notes = list(manifest.model.notes)
+    if manifest.draft is not None:
+        notes += manifest.draft.notes
+        if manifest.precision.draft is not manifest.precision:
+            notes.append(f"The draft stays in {manifest.precision.draft.value}: it is small, and not quantised.")
+    return notes

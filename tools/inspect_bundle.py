@@ -67,6 +67,9 @@ class BundleReport:
             ["weights", f"{len(self.bundle.tensors):,} tensors" if self.bundle.weights_present else "absent"],
             ["digest", manifest.model_digest],
         ]
+        if manifest.draft is not None:
+            draft, layers = manifest.draft, ", ".join(map(str, manifest.draft.capture_layers))
+            facts.append(["draft", f"{draft.draft_vocab_size} tokens, states after layers {layers} of the model"])
         print_table(["fact", ""], facts)
         print_table(
             ["file", "bytes", "sha256"],

@@ -1,4 +1,4 @@
-"""QKVRotate: RoPE of Q and K and the write of K and V into the paged pool, for models without QK-norm (EAGLE3 drafts)."""
+"""QKVRotate: RoPE of Q and K and the write of K and V into the pool, for models without QK-norm (EAGLE3 drafts)."""
 
 from typing import Any
 

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+_TYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I64": np.int64,
+    "BOOL": np.bool_,
+}
 
 
 def checkpoint_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""What an export reads: a checkpoint, or its configuration alone, and the draft that goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from angelforge.checkpoint import Checkpoint
+from angelforge.config import ModelConfig
+from angelforge.draft_checkpoint import DraftCheckpoint
+from angelforge.draft_config import DraftConfig
+from angelforge.errors import UsageError
+from angelforge.exporter.draft_layout import draft_sources
+from angelforge.hub import CONFIG_FILES, locate
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Configurations, and where the bytes of all tensors stand."""
+
+    folder: Path  # of the target's checkpoint
+    config: ModelConfig
+    draft: DraftConfig | None
+    checkpoint: Checkpoint | None  # with the draft's tensors under their names in the bundle; None: no weights
+
+    @classmethod
+    def open(
+        cls, source: str, draft: str | None, layers: int | None, graph_only: bool, extra_files: Sequence[str]
+    ) -> Sources:
+        """Opens and checks both checkpoints; with `graph_only` nothing but their configurations.
+
+        `extra_files` of the target are fetched too where it is a Hub id. Raises AngelForgeError for a checkpoint that
+        is damaged, not of this architecture, or a draft of another target.
+        """
+        if graph_only:
+            return _configurations(source, draft, layers, extra_files)
+        checkpoint = Checkpoint.open(source, layers)
+        checkpoint.check()
+        config = checkpoint.config
+        _check_supported(config)
+        if draft is None:
+            return cls(checkpoint.folder, config, None, checkpoint)
+        opened = DraftCheckpoint.open(draft, config)
+        opened.check()
+        both = {**checkpoint.tensors, **draft_sources(opened)}
+        return cls(checkpoint.folder, config, opened.config, dataclasses.replace(checkpoint, tensors=both))
+
+    def with_rope_scaling(self, request: str | None) -> Sources:
+        """The same with the target's context stretched, for example by ``yarn:4``."""
+        if request is None:
+            return self
+        return dataclasses.replace(self, config=self.config.with_rope_scaling(request))
+
+
+def _configurations(source: str, draft: str | None, layers: int | None, extra_files: Sequence[str]) -> Sources:
+    folder = locate(source, (*CONFIG_FILES, *extra_files))
+    config = ModelConfig.load(folder)
+    config = config if layers is None else config.with_layers(layers)
+    _check_supported(config)
+    drafted = None if draft is None else DraftConfig.load(locate(draft, CONFIG_FILES), config)
+    return Sources(folder, config, drafted, None)
+
+
+def _check_supported(config: ModelConfig) -> None:
+    if not config.use_qk_norm:
+        raise UsageError("The checkpoint has use_qk_norm false; only models with QK-norm can be exported.")

@@ -1,0 +1,140 @@
+"""An independent reference of an EAGLE3 draft in plain NumPy: one sequence, one step at a time, no pages.
+
+Written from MODEL.md ("EAGLE3 draft"); like `reference` it shares no code with the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.reference import Trace, causal_attention, rms_norm, rotate, sigmoid
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """What one step computed for its T positions."""
+
+    logits: Array  # [T, draft vocabulary]
+    hidden: Array  # [T, hidden], what the next step takes
+    keys: Array  # [positions, kv_heads, head_dim] of all positions so far: what a cache holds
+    values: Array  # [positions, kv_heads, head_dim]
+
+
+class DraftReference:
+    """The draft, computed in `dtype`; it remembers keys and values of the positions it has seen."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Callable[[str], Array],
+        embedding: Array,
+        dtype: type[np.floating[Any]] = np.float64,
+    ) -> None:
+        """`config` is the draft's config.json, `embedding` [vocab, hidden] the target's."""
+        self.config = config
+        self.dtype = np.dtype(dtype)
+        self.embedding = embedding.astype(self.dtype)
+        self.heads: int = config["num_attention_heads"]
+        self.kv_heads: int = config["num_key_value_heads"]
+        self.head_dim: int = config.get("head_dim") or config["hidden_size"] // self.heads
+        self._tensors = tensors
+        self._keys = self._values = np.zeros((0, self.kv_heads, self.head_dim), self.dtype)
+
+    def target_ids(self) -> Array:
+        """int64 [draft vocabulary]: the target's id of every draft token."""
+        offsets = np.asarray(self._tensors("d2t"))
+        return np.arange(len(offsets)) + offsets
+
+    def captured_layers(self, layers: int) -> list[int]:
+        """The target's layers whose states are taken, of a target with so many layers."""
+        named = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        return list(named) if named else [1, layers // 2 - 1, layers - 4]
+
+    def first_hidden(self, trace: Trace) -> Array:
+        """[T, hidden] = fc(the residual streams after the captured layers), from what the target's reference traced."""
+        layers = self.captured_layers(len(trace.residuals) - 1)
+        states = [trace.residuals[layer + 1].astype(self.dtype) for layer in layers]
+        if self.config.get("fc_norm"):
+            states = [self._norm(state, f"fc_norm.{i}.weight") for i, state in enumerate(states)]
+        return np.asarray(np.concatenate(states, axis=1) @ self._tensor("fc.weight").T)
+
+    def step(self, next_ids: Sequence[int] | Array, hidden: Array, start: int) -> DraftStep:
+        """Positions from `start` on: each sees the token after it (`next_ids` [T]) and a state (`hidden` [T, H]).
+
+        What was remembered of these positions and later ones is forgotten.
+        """
+        ids = np.asarray(next_ids, np.int64)
+        positions = np.arange(start, start + len(ids))
+        residual = np.asarray(hidden, self.dtype)
+        x = np.concatenate(
+            [
+                self._norm(self.embedding[ids], "midlayer.input_layernorm.weight"),
+                self._norm(residual, "midlayer.hidden_norm.weight"),
+            ],
+            axis=1,
+        )
+        h = residual + self._attention(x, positions)
+        h = h + self._mlp(self._norm(h, "midlayer.post_attention_layernorm.weight"))
+        normed = self._norm(h, "norm.weight")
+        logits = normed @ self._tensor("lm_head.weight").T
+        passed_on = normed if self.config.get("norm_output") else h
+        return DraftStep(logits, passed_on, self._keys, self._values)
+
+    def chain(self, ids: Sequence[int] | Array, hidden: Array, depth: int) -> list[int]:
+        """The `depth` tokens (target ids) that the draft expects after `ids` [n + 1], greedily.
+
+        `hidden` [n, H] are the target's captured states of all of `ids` but the last, projected by `fc`.
+        """
+        ids = list(ids)
+        names = self.target_ids()
+        made = self.step(ids[1:], hidden, 0)
+        guessed: list[int] = []
+        for _ in range(depth):
+            guessed.append(int(names[made.logits[-1].argmax()]))
+            if len(guessed) < depth:
+                made = self.step(guessed[-1:], made.hidden[-1:], len(ids) - 2 + len(guessed))
+        return guessed
+
+    def _attention(self, x: Array, positions: Array) -> Array:
+        def heads(part: str) -> Array:
+            weight = self._tensor(f"midlayer.self_attn.{part}_proj.weight")
+            return np.asarray(x @ weight.T).reshape(len(x), -1, self.head_dim)
+
+        theta = float(self.config.get("rope_theta") or 10000.0)
+        pairs = np.arange(self.head_dim // 2)
+        angles = positions[:, None] * theta ** (-2.0 * pairs / self.head_dim)
+        cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
+        query, key = rotate(heads("q"), cos, sin), rotate(heads("k"), cos, sin)
+        before = int(positions[0])
+        self._keys = np.concatenate([self._keys[:before], key])
+        self._values = np.concatenate([self._values[:before], heads("v")])
+        # The queries come after `before` others: empty ones stand for those, and their results are dropped.
+        padded = np.concatenate([np.zeros((before, *query.shape[1:]), self.dtype), query])
+        out = causal_attention(padded, self._keys, self._values, np.arange(len(padded)))[before:]
+        return np.asarray(out.reshape(len(x), -1) @ self._tensor("midlayer.self_attn.o_proj.weight").T)
+
+    def _mlp(self, x: Array) -> Array:
+        gate = x @ self._tensor("midlayer.mlp.gate_proj.weight").T
+        up = x @ self._tensor("midlayer.mlp.up_proj.weight").T
+        return np.asarray((gate * sigmoid(gate) * up) @ self._tensor("midlayer.mlp.down_proj.weight").T)
+
+    def _norm(self, x: Array, name: str) -> Array:
+        return rms_norm(x, self._tensor(name), self.config["rms_norm_eps"])
+
+    def _tensor(self, name: str) -> Array:
+        return np.asarray(self._tensors(name)).astype(self.dtype)
+
+
+def load_draft_reference(folder: str | Path, target: str | Path) -> DraftReference:
+    """The reference of a draft's checkpoint folder, for the target in the checkpoint folder `target`."""
+    embedding = checkpoint_tensors(Path(target))("model.word_embeddings.weight")
+    return DraftReference(checkpoint_config(Path(folder)), checkpoint_tensors(Path(folder)), embedding)
