@@ -39,11 +39,10 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _largest(key, slot):
-    """(key, slot) of each token's largest key [1, token, 1]; of equal ones the lowest slot."""
+def _first_of_largest(key, slot):
+    """[1, token, 1]: where each token's largest key stands; of equal ones the lowest slot."""
     best = tl.max(tl.max(key, 0), 1)[None, :, None]
-    place = tl.where(key == best, slot, 0x7FFFFFFF)
-    return best, tl.min(tl.min(place, 0), 1)[None, :, None]
+    return tl.min(tl.min(tl.where(key == best, slot, 0x7FFFFFFF), 0), 1)[None, :, None]
 
 
 @triton.jit
@@ -77,6 +76,47 @@ def _open_slabs(key, slot, groups: tl.constexpr, parts: tl.constexpr, kept: tl.c
     return tl.reshape(tl.broadcast_to(opened[:, None, :], (groups, parts, tokens)), (slabs, tokens)) > 0
 
 
+@triton.jit
+def _store_bits(expert_tokens, taken, valid, expert, there, tokens, experts: tl.constexpr, shared: tl.constexpr):
+    """This program's byte of every expert's row: `taken` [slab, token, lane] of the `valid` tokens."""
+    octet = expert_tokens.to(tl.pointer_type(tl.int8), bitcast=True) + tl.program_id(0)
+    stride = ((tokens + 127) // 128 * 16).to(tl.int64)
+    bit = tl.where(valid, 1 << tl.arange(0, valid.shape[0]), 0)
+    byte = tl.sum(tl.where(taken, bit[None, :, None], 0), 1)
+    tl.store(octet + tl.reshape(expert, byte.shape) * stride, byte.to(tl.int8), tl.reshape(there, byte.shape))
+    everyone = tl.sum(bit).to(tl.int8)
+    for s in tl.static_range(shared):
+        tl.store(octet + (experts + s) * stride, everyone)
+
+
+@triton.jit
+def _store_choice(
+    row,
+    chosen,
+    token,
+    valid,
+    tokens,
+    expert_ids,
+    expert_weights,
+    experts: tl.constexpr,
+    top_k: tl.constexpr,
+    shared: tl.constexpr,
+    factor: tl.constexpr,
+):
+    """Ids and weights of the experts `chosen` [token, wide], shared ones appended; `row` points to a token's logits."""
+    per_token: tl.constexpr = top_k + shared
+    column = tl.arange(0, chosen.shape[1])[None, :]
+    routed = column < top_k
+    picked = tl.where(routed, _sigmoid(tl.load(row[:, None] + tl.minimum(chosen, experts - 1), routed, 0.0)), 0.0)
+    # The published code leaves a single expert's weight as it is.
+    share = picked if top_k == 1 else tl.div_rn(picked, tl.sum(picked, 1)[:, None] + 1e-20)
+    place = token.to(tl.int64)[:, None] * per_token + column
+    mask = (token < tokens)[:, None] & (column < per_token)
+    index = tl.where(routed, chosen, experts + column - top_k)
+    tl.store(expert_ids + place, tl.where(valid[:, None], index, -1), mask)
+    tl.store(expert_weights + place, tl.where(valid[:, None], tl.where(routed, share * factor, 1.0), 0.0), mask)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _moe_route(
     logits,
@@ -100,49 +140,33 @@ def _moe_route(
     size: tl.constexpr = experts // groups
     slabs: tl.constexpr = padded_groups * padded_size // lanes
     token = tl.program_id(0) * m + tl.arange(0, m)
+    slot = tl.arange(0, slabs)[:, None, None] * lanes + tl.arange(0, lanes)[None, None, :]
+    expert = slot // padded_size * size + slot % padded_size
+    there = (slot % padded_size < size) & (slot // padded_size < groups)
+    if tl.program_id(0) * m >= tokens:  # pads a row of expert_tokens
+        nothing = tl.zeros((slabs, m, lanes), tl.int1)
+        _store_bits(expert_tokens, nothing, token < 0, expert, there, tokens, experts, shared)
+        return
     valid = token < tl.minimum(tl.load(num_tokens), tokens)
     row = logits + tl.minimum(token, tokens - 1).to(tl.int64) * experts
     # Loads of one value a thread: those of four would spread a token over several warps.
     row, unaligned = row + opaque(0, tokens), bias + opaque(0, tokens)
 
-    slot = tl.arange(0, slabs)[:, None, None] * lanes + tl.arange(0, lanes)[None, None, :]
-    expert = slot // padded_size * size + slot % padded_size
-    there = (slot % padded_size < size) & (slot // padded_size < groups)
     score = _sigmoid(tl.load(row[None, :, None] + expert, there, 0.0))
-    key = tl.where(
-        there, _key(score + tl.load(unaligned + tl.broadcast_to(expert, (slabs, m, lanes)), there, 0.0)), _NONE
-    )
+    biased = score + tl.load(unaligned + tl.broadcast_to(expert, score.shape), there, 0.0)
+    key = tl.where(there, _key(biased), _NONE)
     opened = _open_slabs(key, slot, padded_groups, padded_size // lanes, topk_group, size > 1)
     key = tl.where(opened[:, :, None] | ~there, key, _key(tl.full((1, 1, 1), float("-inf"), tl.float32)))
 
-    per_token: tl.constexpr = top_k + shared
-    wide: tl.constexpr = max(lanes, triton.next_power_of_2(per_token))
-    column = tl.arange(0, wide)[None, :]
+    wide: tl.constexpr = max(lanes, triton.next_power_of_2(top_k + shared))
     chosen = tl.zeros((m, wide), tl.int32)
     for j in tl.static_range(top_k):
-        _, first = _largest(key, slot)
+        first = _first_of_largest(key, slot)
         key = tl.where(slot == first, _NONE, key)
-        chosen = tl.where(column == j, tl.reshape(first, (m, 1)), chosen)
+        chosen = tl.where(tl.arange(0, wide)[None, :] == j, tl.reshape(first, (m, 1)), chosen)
     chosen = chosen // padded_size * size + chosen % padded_size
-
-    routed = column < top_k
-    picked = tl.where(routed, _sigmoid(tl.load(row[:, None] + tl.minimum(chosen, experts - 1), routed, 0.0)), 0.0)
-    # The published code leaves a single expert's weight as it is.
-    share = picked if top_k == 1 else tl.div_rn(picked, tl.sum(picked, 1)[:, None] + 1e-20)
-    place = token.to(tl.int64)[:, None] * per_token + column
-    mask = (token < tokens)[:, None] & (column < per_token)
-    index = tl.where(routed, chosen, experts + column - top_k)
-    tl.store(expert_ids + place, tl.where(valid[:, None], index, -1), mask)
-    tl.store(expert_weights + place, tl.where(valid[:, None], tl.where(routed, share * factor, 1.0), 0.0), mask)
-
-    bit = tl.where(valid, 1 << tl.arange(0, m), 0)
-    octet = expert_tokens.to(tl.pointer_type(tl.int8), bitcast=True) + tl.program_id(0)
-    stride = ((tokens + 127) // 128 * 16).to(tl.int64)
-    taken = tl.sum(tl.where(there & (key == _NONE), bit[None, :, None], 0), 1)
-    tl.store(octet + tl.reshape(expert, (slabs, lanes)) * stride, taken.to(tl.int8), tl.reshape(there, (slabs, lanes)))
-    everyone = tl.sum(bit).to(tl.int8)
-    for s in tl.static_range(shared):
-        tl.store(octet + (experts + s) * stride, everyone)
+    _store_choice(row, chosen, token, valid, tokens, expert_ids, expert_weights, experts, top_k, shared, factor)
+    _store_bits(expert_tokens, there & (key == _NONE), valid, expert, there, tokens, experts, shared)
 
 
 def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.bodies import run_body, run_reference
 from support.interpreter import run_interpreted, to_numpy, to_torch
@@ -16,7 +16,7 @@ from angelforge.plugins.moe_route.kernel import KERNEL as ROUTE
 
 BF16 = ml_dtypes.bfloat16
 PROFILES = (8, 64, 256, 8192)
-EXAMPLES = settings(max_examples=max(12, settings().max_examples // 3))
+EXAMPLES = settings(max_examples=max(10, settings().max_examples // 5))
 SEED = st.integers(0, 2**32 - 1)
 SUM_ERROR = 5e-7  # of the sum of magnitudes: IEEE f32 stays far below, TF32 far above
 
@@ -114,7 +114,8 @@ def exact_weights(logits: np.ndarray, ids: np.ndarray, attributes: dict[str, int
 
 
 @EXAMPLES
-@given(routing=routings(), tokens=st.integers(1, 20) | st.just(140), padding=st.integers(0, 3), seed=SEED)
+@given(routing=routings(), tokens=st.integers(1, 12), padding=st.integers(0, 3), seed=SEED)
+@example(routing=(12, attributes_of(3, 3, 2, 1)), tokens=140, padding=2, seed=0)
 def test_route_equals_its_body(
     routing: tuple[int, dict[str, int | float]], tokens: int, padding: int, seed: int
 ) -> None:

@@ -58,8 +58,8 @@ def ordered_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         np.asarray(x.data).view(_NUMPY.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
     )
     total = d.data.copy()
-    for k in range(left.shape[1]):
-        total += left[:, k, None] * right[k]
+    for k in range(left.shape[-1]):
+        total += left[..., k, None] * right[..., k, None, :]
     return interpreter.TensorHandle(total, d.dtype.scalar)
 
 
