@@ -1,8 +1,4 @@
-"""Element conversions of weights, each rounded once, to nearest even.
-
-A new source format (quantising BF16 weights to FP8, for example) is one more function here and one more case in
-`exporter/copying.py`.
-"""
+"""Element conversions of weights, each rounded once, to nearest even; quantising is in `exporter/block_fp8.py`."""
 
 from __future__ import annotations
 
@@ -24,6 +20,11 @@ _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).asty
 def convertible(source: DType, target: DType) -> bool:
     """Whether weights stored as `source` can be written as `target` (F8_E4M3 takes its scales along)."""
     return source is target or (target in _TARGETS and (source in _FLOATS or source is DType.F8_E4M3))
+
+
+def quantizable(source: DType) -> bool:
+    """Whether weights stored as `source` can be quantised to F8_E4M3 in blocks."""
+    return source in _FLOATS
 
 
 def convert(values: Array, target: DType) -> Array:

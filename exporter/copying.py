@@ -20,7 +20,8 @@ from angelforge.errors import AngelForgeError
 from angelforge.exporter.conversion import convert, dequantize, first_overflow
 from angelforge.exporter.layout import SCALE, Shard
 from angelforge.exporter.openfiles import OpenFiles
-from angelforge.exporter.pieces import Piece, RopeTable
+from angelforge.exporter.pieces import Piece, Quantized, RopeTable
+from angelforge.exporter.quantizing import FileQuantizer
 from angelforge.rope import rope_tables
 from angelforge.tensorfile import TensorInfo
 
@@ -42,8 +43,8 @@ class Run(Protocol):
         ...
 
 
-def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles) -> Iterator[Run]:
-    """The runs of a whole file in order; each is made when it is asked for."""
+def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles, quantizer: FileQuantizer) -> Iterator[Run]:
+    """The runs of a whole file in order; each is made when it is asked for. `quantizer` is that of this file alone."""
     yield _Bytes(memoryview(shard.header))
     tables = cache(rope_tables)  # cos and sin come together; forgotten at the end of the file
     for tensor in shard.tensors:
@@ -51,8 +52,10 @@ def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles) -> Iterat
             cos, sin = tables(tensor.source.config, tensor.shape[0])
             table = np.ascontiguousarray(cos if tensor.source.function == "cos" else sin)
             yield _Bytes(memoryview(table.view(np.uint8).reshape(-1).data))
-        elif isinstance(tensor.source, tuple):
-            for piece in tensor.source:
+        elif isinstance(tensor.source, Quantized):
+            yield from quantizer.runs(tensor.source)
+        else:
+            for piece in tensor.pieces:
                 yield _piece_run(piece, tensor.dtype, checkpoint, files)
 
 

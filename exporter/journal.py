@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from angelforge.atomic import write_atomic
@@ -18,13 +18,14 @@ from angelforge.config_json import Section, read_json_object
 from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.layout import SCALE, Shard
-from angelforge.exporter.pieces import Piece
+from angelforge.exporter.pieces import BundleTensor
+from angelforge.exporter.quantization_errors import Errors
 from angelforge.manifest import FileRecord
 from angelforge.tensorfile import TensorInfo
 
 JOURNAL = "weights/.packed.json"
 _FILE = re.compile(r"weights/[\w-]+\.safetensors")  # never a path out of the folder: these files are removed
-_VERSION = 1  # of the journal and of everything that decides a weight file's bytes
+_VERSION = 2  # of the journal and of everything that decides a weight file's bytes
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class PackedShard:
     size: int
     sha256: str
     header_sha256: str
+    errors: Mapping[str, Errors] = field(default_factory=dict)  # by kind, where weights were quantised
 
     @property
     def record(self) -> FileRecord:
@@ -58,7 +60,7 @@ def origin_digest(shard: Shard, checkpoint: Checkpoint) -> str:
     stats: dict[Path, str] = {}
     for tensor in shard.tensors:
         digest.update(f"{tensor.name} {tensor.source}\n".encode())
-        for info in sources(tensor.source, checkpoint):
+        for info in sources(tensor, checkpoint):
             if info.path not in stats:
                 with explained("read", info.path):
                     status = info.path.stat()
@@ -67,11 +69,9 @@ def origin_digest(shard: Shard, checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def sources(source: object, checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The checkpoint tensors that a bundle tensor's `source` reads, scales of FP8 weights included."""
-    if not isinstance(source, tuple):
-        return []
-    names = dict.fromkeys(piece.tensor for piece in source if isinstance(piece, Piece))
+def sources(tensor: BundleTensor, checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The checkpoint tensors that are read for `tensor`, scales of FP8 weights included."""
+    names = dict.fromkeys(piece.tensor for piece in tensor.pieces)
     found = checkpoint.tensors
     return [found[name] for base in names for name in (base, base + SCALE) if name in found]
 
@@ -98,11 +98,11 @@ class Journal:
         same = status.st_size == shard.size and status.st_mtime_ns == entry.mtime_ns and header == shard.header
         return entry.packed if same else None
 
-    def add(self, shard: Shard, origin: str, sha256: str) -> PackedShard:
+    def add(self, shard: Shard, origin: str, sha256: str, errors: Mapping[str, Errors]) -> PackedShard:
         """Records `shard`, whose file has just been put in place."""
         with explained("read", self._folder / shard.file):
             mtime_ns = (self._folder / shard.file).stat().st_mtime_ns
-        packed = PackedShard(shard.file, shard.size, sha256, shard.header_sha256)
+        packed = PackedShard(shard.file, shard.size, sha256, shard.header_sha256, dict(errors))
         with self._lock:
             self._entries[shard.file] = _Entry(origin, mtime_ns, packed)
             self._save()
@@ -142,8 +142,15 @@ def _load(path: Path) -> Mapping[str, _Entry]:
 def _entry(files: Section, name: str) -> _Entry:
     entry = Section(files.get(name), files.source)
     packed = Section(entry.get("packed"), files.source)
+    errors = Section(packed.get("errors"), files.source)
     return _Entry(
         entry.text("origin"),
         entry.integer("mtime_ns", most=2**63),
-        PackedShard(name, packed.integer("size", most=2**63), packed.text("sha256"), packed.text("header_sha256")),
+        PackedShard(
+            name,
+            packed.integer("size", most=2**63),
+            packed.text("sha256"),
+            packed.text("header_sha256"),
+            {kind: Errors.from_saved(Section(errors.get(kind), files.source)) for kind in errors.raw},
+        ),
     )

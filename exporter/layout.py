@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from angelforge.config import ModelConfig
+from angelforge.config import ModelConfig, Quantization
 from angelforge.dtypes import DType
-from angelforge.errors import AngelForgeError, UsageError
-from angelforge.exporter.pieces import BundleTensor, Piece, Range, RopeTable, SameBytes, Shape
+from angelforge.errors import AngelForgeError
+from angelforge.exporter.pieces import BundleTensor, Piece, Quantized, Range, RopeTable, SameBytes, Shape
 from angelforge.exporter.placement import Location, Shard, locate, plan_shards
 from angelforge.precision import Precision
 
@@ -24,8 +24,8 @@ SCALE = "_scale_inv"  # appended to a quantised weight's name, in checkpoints an
 def bundle_tensors(config: ModelConfig, precision: Precision, max_context: int) -> list[BundleTensor]:
     """All tensors of a bundle, in the order embeddings, layers, head.
 
-    Raises UsageError for fp8 from a checkpoint that is not FP8, AngelForgeError where scale blocks of shared experts
-    cannot be taken apart.
+    `config` is the checkpoint's own: with precision fp8, the weights of an FP8 checkpoint are taken as they are, those
+    of any other are quantised. Raises AngelForgeError where stored scales of shared experts cannot be taken apart.
     """
     _check(config, precision)
     layout = _Layout(config, precision)
@@ -36,13 +36,8 @@ def bundle_tensors(config: ModelConfig, precision: Precision, max_context: int) 
 
 
 def _check(config: ModelConfig, precision: Precision) -> None:
-    if not precision.quantized:
+    if not precision.quantized or config.quantization is None:
         return
-    if config.quantization is None:
-        raise UsageError(
-            "Precision fp8 was asked for, but the checkpoint is not FP8; this version takes FP8 weights only as they "
-            "are. Use an FP8 checkpoint, or --precision bf16."
-        )
     width, block = config.moe_intermediate_size, max(config.quantization.block)
     if config.num_shared_experts > 1 and width % block:
         raise AngelForgeError(
@@ -121,10 +116,17 @@ class _Layout:
         yield from self._quantized(f"{prefix}.experts.{suffix}", (c.num_expert_slots, *shape), tuple(pieces))
 
     def _quantized(self, name: str, shape: Shape, pieces: tuple[Piece, ...]) -> Iterator[BundleTensor]:
-        yield BundleTensor(name, self.precision.matmul, shape, pieces)
-        if self.precision.quantized and self.config.quantization is not None:
-            block = self.config.quantization.block
-            scales = (*shape[:-2], *_blocks(shape, block))
+        dtype, stored = self.precision.matmul, self.config.quantization
+        if not self.precision.quantized:
+            yield BundleTensor(name, dtype, shape, pieces)
+            return
+        block = (stored or Quantization()).block
+        scales = (*shape[:-2], *_blocks(shape, block))
+        if stored is None:
+            yield BundleTensor(name, dtype, shape, Quantized(pieces, "codes", block))
+            yield BundleTensor(name + SCALE, DType.F32, scales, Quantized(pieces, "scales", block))
+        else:
+            yield BundleTensor(name, dtype, shape, pieces)
             yield BundleTensor(name + SCALE, DType.F32, scales, tuple(_scale_piece(piece, block) for piece in pieces))
 
 

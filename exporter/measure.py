@@ -59,11 +59,11 @@ class PackingFigures:
 def measure_packing(
     folder: Path, nbytes: int, rounds: int = 3, precision: Precision = Precision.BF16
 ) -> PackingFigures:
-    """Makes a BF16 checkpoint of about `nbytes` random bytes below `folder`, then copies and packs it in turns.
+    """Makes a random BF16 checkpoint of about `nbytes` bytes below `folder`, then copies and packs it in turns.
 
-    Copying is `shutil.copyfile` and a sync of every file; packing is `pack`, which syncs too. With precision bf16
-    nothing but the router is converted. Needs twice the space; everything is removed at the end. Raises
-    AngelForgeError when the disk refuses or packing fails.
+    Copying is `shutil.copyfile` and a sync of every file; packing is `pack`, which syncs too. Both rates are of the
+    checkpoint's bytes. With precision bf16 nothing but the router is converted, with fp8 nearly all is quantised. Needs
+    twice the space; everything is removed at the end. Raises AngelForgeError when the disk refuses or packing fails.
     """
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,11 +113,18 @@ def _write_random_checkpoint(folder: Path, nbytes: int) -> int:
         with explained("write", file), file.open("wb") as out:
             out.write(encode_header([(name, *tensors[name]) for name in part], {}))
             for start in range(0, data, _CHUNK):
-                out.write(random.bytes(min(_CHUNK, data - start)))
+                out.write(_random_weights(random, min(_CHUNK, data - start)))
             os.fsync(out.fileno())
     write_atomic(folder / "config.json", json.dumps(raw))
     write_atomic(folder / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _random_weights(random: np.random.Generator, nbytes: int) -> memoryview:
+    """BF16 between 2^-15 and 2^-7, of either sign."""
+    bits = np.frombuffer(random.bytes(nbytes), np.uint16) & np.uint16(0x83FF)
+    np.bitwise_or(bits, np.uint16(0x3800), out=bits)
+    return bits.data
 
 
 def _config(nbytes: int) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ from angelforge.checkpoint import Checkpoint
 from angelforge.diskerrors import explained
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
-from angelforge.exporter.conversion import convertible
+from angelforge.exporter.conversion import convertible, quantizable
 from angelforge.exporter.layout import SCALE, Shard
-from angelforge.exporter.pieces import Piece
+from angelforge.exporter.pieces import Piece, Quantized
 
 _RESERVE = 16 << 20  # bytes left for graph, manifest and journal
 
@@ -21,8 +21,20 @@ def check_sources(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
     """Raises AngelForgeError for the first tensor that is absent, misshapen or of a type that cannot be converted."""
     for shard in shards:
         for tensor in shard.tensors:
-            for piece in tensor.source if isinstance(tensor.source, tuple) else ():
-                _check_piece(checkpoint, piece, tensor.dtype)
+            for piece in tensor.pieces:
+                if isinstance(tensor.source, Quantized):
+                    _check_quantized(checkpoint, piece)
+                else:
+                    _check_piece(checkpoint, piece, tensor.dtype)
+
+
+def _check_quantized(checkpoint: Checkpoint, piece: Piece) -> None:
+    dtype = _require(checkpoint, piece.tensor, piece.shape)
+    if not quantizable(dtype):
+        raise AngelForgeError(
+            f"{piece.tensor} in {checkpoint.folder} is {dtype.value}; only F32, F16 and BF16 can be quantised to FP8. "
+            "Choose another --precision."
+        )
 
 
 def _check_piece(checkpoint: Checkpoint, piece: Piece, target: DType) -> None:

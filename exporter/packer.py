@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from angelforge.exporter.journal import Journal, PackedShard, origin_digest
 from angelforge.exporter.layout import Shard
 from angelforge.exporter.openfiles import OpenFiles
 from angelforge.exporter.pack_checks import check_sources, check_space
+from angelforge.exporter.pieces import Quantized
+from angelforge.exporter.quantizing import FileQuantizer
 from angelforge.exporter.shard_writer import Ring, make_ring, write_shard
 from angelforge.parallel import run_all
 
@@ -25,6 +28,7 @@ __all__ = ["PackedShard", "pack", "remove_stale"]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _WORKERS = 4  # more than two processors can do at once: one may wait for the disk while another hashes
+_MOST_WORKERS = 8  # while quantising, which takes a processor each; more would wait for Python's lock
 
 
 def pack(
@@ -38,7 +42,8 @@ def pack(
 
     Each file appears whole or not at all, synced to the disk. A call after an interrupted one keeps the files that are
     finished, unless sources or layout have changed since. `progress` is called in the caller's thread. `workers` files
-    are written at a time (4 unless told otherwise); each takes 16 MB of buffers.
+    are written at a time (4 unless told otherwise, more on large machines when weights are quantised); each takes
+    16 MB of buffers.
 
     Raises AngelForgeError, before the first byte where that can be known: another process packs into this bundle, a
     tensor is missing, misshapen or of a type that cannot be converted, too little space; later: a full disk, a source
@@ -48,7 +53,7 @@ def pack(
     with explained("create", weights):
         weights.mkdir(parents=True, exist_ok=True)
     check_sources(checkpoint, shards)
-    count = workers or _WORKERS
+    count = workers or _default_workers(shards)
     with lock(weights / ".lock"), OpenFiles() as files:
         remove_leftovers(weights)
         journal = Journal(bundle_dir)
@@ -72,6 +77,11 @@ def remove_stale(bundle_dir: Path, keep: Collection[str]) -> list[str]:
         return []
     with lock(weights / ".lock"):
         return Journal(bundle_dir).remove_all_but(keep)
+
+
+def _default_workers(shards: Sequence[Shard]) -> int:
+    quantizing = any(isinstance(tensor.source, Quantized) for shard in shards for tensor in shard.tensors)
+    return max(_WORKERS, min(os.cpu_count() or 1, _MOST_WORKERS)) if quantizing else _WORKERS
 
 
 @dataclass
@@ -110,7 +120,8 @@ class _Job:
             ring = self._rings.pop() if self._rings else make_ring()
         path = self.bundle_dir / shard.file
         with atomic_file(path) as temporary:
-            runs = shard_runs(shard, self.checkpoint, self.files)
+            quantizer = FileQuantizer(self.checkpoint, self.files)
+            runs = shard_runs(shard, self.checkpoint, self.files, quantizer)
             sha256 = write_shard(temporary, runs, ring, self._stop, self._advance)
             if origin_digest(shard, self.checkpoint) != self.origins[shard.file]:
                 raise AngelForgeError(
@@ -119,4 +130,4 @@ class _Job:
                 )
         with self._lock:
             self._rings.append(ring)
-        return self.journal.add(shard, self.origins[shard.file], sha256)
+        return self.journal.add(shard, self.origins[shard.file], sha256, quantizer.errors)

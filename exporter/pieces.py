@@ -41,6 +41,15 @@ class RopeTable:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """FP8 made of `pieces`, each in blocks counted from its own upper left corner: e4m3 codes, or f32 block scales."""
+
+    pieces: tuple[Piece, ...]
+    part: Literal["codes", "scales"]
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class SameBytes:
     """The tensor is `tensor` of the bundle under a second name and is stored once."""
 
@@ -54,9 +63,16 @@ class BundleTensor:
     name: str
     dtype: DType
     shape: Shape
-    source: tuple[Piece, ...] | RopeTable | SameBytes
+    source: tuple[Piece, ...] | Quantized | RopeTable | SameBytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What of the checkpoint is read for it."""
+        if isinstance(self.source, Quantized):
+            return self.source.pieces
+        return self.source if isinstance(self.source, tuple) else ()

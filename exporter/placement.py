@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from angelforge.exporter.pieces import BundleTensor, SameBytes
 from angelforge.tensorfile import encode_header
 
+_PAGE = 4096  # bytes; the data of a file begins at a multiple of it
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DRAFT = "draft."
 _HEAD = ("model.norm.", "lm_head.")
@@ -46,8 +47,8 @@ class Shard:
 def plan_shards(tensors: Iterable[BundleTensor]) -> list[Shard]:
     """Distributes `tensors` over the weight files: embeddings, one for each layer, head, draft.
 
-    The order in a file is by item size, then by size, both descending: so every tensor is aligned to its items, and
-    large ones, whose sizes are multiples of a page, to pages. Depends on names, types and shapes alone.
+    In a file those that fill whole pages come first and so are aligned to pages; the others follow by item size,
+    aligned to their items; larger ones first. Depends on names, types and shapes alone.
     """
     files: dict[str, list[BundleTensor]] = {}
     for tensor in tensors:
@@ -77,5 +78,10 @@ def _file_of(name: str) -> str:
 
 
 def _shard(file: str, members: Sequence[BundleTensor]) -> Shard:
-    ordered = tuple(sorted(members, key=lambda tensor: (-tensor.dtype.itemsize, -tensor.nbytes)))
+    ordered = tuple(sorted(members, key=_order))
     return Shard(file, ordered, encode_header([(t.name, t.dtype, t.shape) for t in ordered], {}))
+
+
+def _order(tensor: BundleTensor) -> tuple[int, int, int]:
+    broken_page = tensor.nbytes % _PAGE != 0
+    return (broken_page, -tensor.dtype.itemsize if broken_page else 0, -tensor.nbytes)

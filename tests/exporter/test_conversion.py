@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from support.bundles import rounded
 
 from angelforge.dtypes import DType
-from angelforge.exporter.conversion import convert, convertible, dequantize, first_overflow, products
+from angelforge.exporter.conversion import convert, convertible, dequantize, first_overflow, products, quantizable
 
 CODES = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)  # all but the two NaN
 # Large enough that every bf16 result is normal, as the oracle assumes.
@@ -92,7 +92,8 @@ def test_the_largest_finite_values_fit():
 
 
 def test_what_can_be_converted():
-    """Floats to f32 and bf16, FP8 to those too; nothing is quantised here, and integers are left alone."""
+    """Floats to f32 and bf16, FP8 to those too; quantised are floats only, and integers are left alone."""
     into = {target: {s for s in DType if convertible(s, target)} for target in (DType.F32, DType.BF16, DType.F8_E4M3)}
     floats = {DType.F32, DType.F16, DType.BF16, DType.F8_E4M3}
+    assert {source for source in DType if quantizable(source)} == floats - {DType.F8_E4M3}
     assert into == {DType.F32: floats, DType.BF16: floats, DType.F8_E4M3: {DType.F8_E4M3}}

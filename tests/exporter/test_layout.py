@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.config import ModelConfig
-from angelforge.errors import AngelForgeError, UsageError
+from angelforge.errors import AngelForgeError
 from angelforge.exporter.graph import build_graph
-from angelforge.exporter.layout import bundle_tensors, locate, plan_shards
-from angelforge.exporter.pieces import Piece, SameBytes
+from angelforge.exporter.layout import SCALE, bundle_tensors, locate, plan_shards
+from angelforge.exporter.pieces import Piece, Quantized, SameBytes
 from angelforge.exporter.synthetic_config import FP8_BLOCK, FULL_CONFIG, small_config
 from angelforge.inventory import expected_tensors
 from angelforge.precision import Precision
@@ -26,6 +26,11 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "no norm of queries and keys": {"use_qk_norm": False},
 }
+
+
+def quantised(model):
+    """The tensors of a bundle whose FP8 is made at export."""
+    return bundle_tensors(model, Precision.FP8, 256)
 
 
 def config(variant="small", fp8=False):
@@ -79,6 +84,28 @@ def test_places_are_aligned_disjoint_and_as_the_header_says(variant, precision):
         assert shard.size == len(shard.header) + max(entry["data_offsets"][1] for entry in entries.values())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantised_and_stored_fp8_give_the_same_bundle(variant):
+    """Names, types, shapes and places; every weight is read for its codes and for its scales."""
+    stored = bundle_tensors(config(variant, True), Precision.FP8, 256)
+    made = quantised(config(variant))
+    assert [(t.name, t.dtype, t.shape) for t in made] == [(t.name, t.dtype, t.shape) for t in stored]
+    assert locate(made, plan_shards(made)) == locate(stored, plan_shards(stored))
+    sources = {t.name: t.source for t in made}
+    for name, source in sources.items():
+        if isinstance(source, Quantized) and source.part == "codes":
+            assert sources[name + SCALE] == dataclasses.replace(source, part="scales")
+    inventory = expected_tensors(config(variant))
+    assert {piece.tensor: piece.shape for t in made for piece in t.pieces} == {n: e.shape for n, e in inventory.items()}
+
+
+def test_shared_experts_of_any_width_can_be_quantised():
+    """Their slices get blocks of their own, unlike stored scales, which cannot be cut."""
+    model = ModelConfig.from_dict(small_config(moe_intermediate_size=72, num_shared_experts=2))
+    (down,) = [t for t in quantised(model) if t.name == "model.layers.1.mlp.experts.down_proj.weight"]
+    assert [piece.columns for piece in down.pieces[-2:]] == [(0, 72), (72, 144)]
+
+
 def test_one_file_a_layer():
     shards = plan_shards(bundle_tensors(config(), Precision.BF16, 256))
     layers = [f"layer-{i:03d}" for i in range(4)]
@@ -102,11 +129,6 @@ def test_places_do_not_depend_on_the_order_of_equal_files(random):
     random.shuffle(by_file)
     shuffled = plan_shards(tensor for group in by_file for tensor in group)
     assert {s.file: s.header for s in shuffled} == {s.file: s.header for s in plan_shards(tensors)}
-
-
-def test_fp8_of_an_unquantised_checkpoint_is_refused():
-    with pytest.raises(UsageError, match=r"not FP8.*--precision bf16"):
-        bundle_tensors(config(), Precision.FP8, 256)
 
 
 def test_fp8_slices_that_cut_scale_blocks_are_refused():

@@ -257,9 +257,9 @@ print(peak_memory())
 """
 
 
-@pytest.mark.parametrize(("fp8", "precision"), [(False, "bf16"), (True, "bf16")])
+@pytest.mark.parametrize(("fp8", "precision"), [(False, "bf16"), (True, "bf16"), (False, "fp8")])
 def test_memory_does_not_grow_with_the_model(tmp_path, fp8, precision):
-    """Copied and converted alike: three times the weights, the same peak, far below 1 GB."""
+    """Copied, converted and quantised alike: three times the weights, the same peak, far below 1 GB."""
     peaks = []
     for layers in (2, 4):
         raw = small_config(hidden_size=1024, moe_intermediate_size=512, num_experts=16, num_hidden_layers=layers)
