@@ -34,9 +34,9 @@ def launch(plan: Launch, inputs: Sequence[int], outputs: Sequence[int], stream: 
     ]
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     block = (compiled.warps * 32, 1, 1)
-    _check(
+    check(
         "launch",
-        _driver().cuLaunchKernel(
+        cuda_driver().cuLaunchKernel(
             function, *plan.grid, *block, compiled.shared, ctypes.c_void_p(stream), arguments, None
         ),
     )
@@ -49,7 +49,7 @@ def current_gpu() -> Gpu:
         AngelForgeError: there is no context.
     """
     device = ctypes.c_int()
-    _check("find the current device", _driver().cuCtxGetDevice(ctypes.byref(device)))
+    check("find the current device", cuda_driver().cuCtxGetDevice(ctypes.byref(device)))
     return _gpu(device.value)
 
 
@@ -61,7 +61,12 @@ def _gpu(device: int) -> Gpu:
 
 
 @cache
-def _driver() -> Any:
+def cuda_driver() -> Any:
+    """libcuda, with the argument types of what needs them.
+
+    Raises:
+        AngelForgeError: there is none.
+    """
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -73,7 +78,7 @@ def _driver() -> Any:
 
 def _current_context() -> int:
     context = ctypes.c_void_p()
-    _check("find the current context", _driver().cuCtxGetCurrent(ctypes.byref(context)))
+    check("find the current context", cuda_driver().cuCtxGetCurrent(ctypes.byref(context)))
     if not context.value:
         raise AngelForgeError("No CUDA context is current in this thread, so no kernel can be launched.")
     return context.value
@@ -83,16 +88,17 @@ def _current_context() -> int:
 def _function(context: int, cubin: bytes, entry: str, shared: int) -> ctypes.c_void_p:
     """The loaded kernel; modules belong to a context and stay loaded."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check("load a kernel", _driver().cuModuleLoadData(ctypes.byref(module), cubin))
-    _check("find a kernel", _driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()))
+    check("load a kernel", cuda_driver().cuModuleLoadData(ctypes.byref(module), cubin))
+    check("find a kernel", cuda_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()))
     if shared > STATIC_SHARED:
-        _check("reserve shared memory", _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))
+        check("reserve shared memory", cuda_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))
     return function
 
 
-def _check(action: str, code: int) -> None:
+def check(action: str, code: int) -> None:
+    """Raises AngelForgeError for a CUDA error code: what failed, and CUDA's word for it."""
     if code:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
+        cuda_driver().cuGetErrorString(code, ctypes.byref(text))
         said = text.value.decode() if text.value else "unknown error"
         raise AngelForgeError(f"CUDA cannot {action}: {said} (error {code}).")

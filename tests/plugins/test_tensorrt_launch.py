@@ -63,7 +63,7 @@ class Driver:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     found = Driver()
-    monkeypatch.setattr(driver, "_driver", lambda: found)
+    monkeypatch.setattr(driver, "cuda_driver", lambda: found)
     driver._function.cache_clear()
     yield found
     driver._function.cache_clear()
