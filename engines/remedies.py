@@ -13,15 +13,14 @@ from angelforge.targets import TARGETS, Target
 
 
 def find_remedies(request: PlanRequest, found: Plan, fits: Callable[[PlanRequest], bool]) -> tuple[str, ...]:
-    """What makes `request` fit, mostly options of the command line; of every sort the smallest.
+    """What makes `request` fit, as options of the command line; of every sort the smallest.
 
     Each is tried out with `fits`. `found` is the plan that does not fit.
     """
     remedies = [f"--max-context {found.tokens // 1024 * 1024}"] if found.tokens >= 1024 else []
-    quantized = request.config.quantization is not None
     for group in _changes(request):
         fitting = (change for change in group if fits(dataclasses.replace(request, **change)))
-        remedies += [_options(change, quantized) for change in itertools.islice(fitting, 1)]
+        remedies += [_options(change) for change in itertools.islice(fitting, 1)]
     return tuple(remedies)
 
 
@@ -44,13 +43,10 @@ def _changes(request: PlanRequest) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def _options(change: dict[str, Any], quantized: bool) -> str:
-    """A change as it is typed on the command line; FP8 may also mean another checkpoint."""
-    words: list[str] = []
-    for name, value in change.items():
-        if isinstance(value, Precision):
-            words.append(f"--precision {value.value}" if quantized else "an FP8 checkpoint of this model")
-        else:
-            shown = value.name if isinstance(value, Target) else value
-            words.append(f"--{name.replace('_', '-')} {shown}")
-    return (" " if quantized else " and ").join(words)
+def _options(change: dict[str, Any]) -> str:
+    """A change as it is typed on the command line."""
+    words = {
+        name: value.value if isinstance(value, Precision) else value.name if isinstance(value, Target) else value
+        for name, value in change.items()
+    }
+    return " ".join(f"--{name.replace('_', '-')} {word}" for name, word in words.items())

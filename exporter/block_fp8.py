@@ -76,7 +76,7 @@ class BlockQuantizer:
         scales = np.maximum(amax, LEAST_AMAX) / FP8_MAX
         np.divide(scaled, np.repeat(scales, self._columns)[: weights.shape[1]], out=scaled)
         self._round(scaled, values, sums, codes)
-        clipped, zeros = np.count_nonzero(codes > _LARGEST_CODE), codes.size - np.count_nonzero(codes)
+        clipped, zeros = int(np.count_nonzero(codes > _LARGEST_CODE)), codes.size - int(np.count_nonzero(codes))
         signs = np.left_shift(negative.view(np.uint8), np.uint8(7), out=negative.view(np.uint8))
         np.bitwise_or(codes, signs, out=codes)
         return scales, _errors(scaled, sums, scales, starts, zeros, clipped)
@@ -116,4 +116,4 @@ def _errors(scaled: Array, rounded: Array, scales: Array, starts: Array, zeros: 
     lost = squares(np.subtract(scaled, rounded, out=rounded))
     weights = squares(scaled)
     largest = float(np.sqrt(np.maximum.reduce(np.maximum.reduce(lost, axis=0))))  # the root of a square is exact
-    return Errors(scaled.size, int(zeros), int(clipped), total(weights), total(lost), largest)
+    return Errors(scaled.size, zeros, clipped, total(weights), total(lost), largest)

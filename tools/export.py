@@ -8,14 +8,18 @@ import click
 from angelforge.bundle import Bundle
 from angelforge.precision import Precision
 from angelforge.tools.options import json_option
-from angelforge.tools.output import format_bytes, print_json, total_progress
+from angelforge.tools.output import format_bytes, print_json, print_table, total_progress
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--draft", metavar="DIR", help="An EAGLE3 draft for this checkpoint: a folder or a Hub id.")
-@click.option("--precision", type=click.Choice([p.value for p in Precision]), help="Default: the checkpoint's own.")
+@click.option(
+    "--precision",
+    type=click.Choice([p.value for p in Precision]),
+    help="Default: the checkpoint's own. fp8 quantises any other.",
+)
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="Stretch the context with YaRN, for example yarn:4.")
 @click.option("--max-context", type=int, help="Positions of the longest sequence. Default: all the model covers.")
 @click.option("--layers", type=int, help="Only the first N layers, to compare a real checkpoint on a small machine.")
@@ -35,7 +39,8 @@ def export(
     """Turn a Hugging Face checkpoint into a bundle: the ONNX graph, kernel-ready weights, tokenizer.
 
     CHECKPOINT is a folder or a Hub id. Memory stays below 1 GB whatever the size of the model. If the export is
-    interrupted, the same command goes on where it was.
+    interrupted, the same command goes on where it was. Where weights are quantised, a table tells what that lost, and
+    quantization.json in the bundle tells it layer by layer.
 
     \b
     Example:
@@ -65,6 +70,8 @@ def export(
         f"weights {format_bytes(facts['weight_bytes']) if facts['weight_bytes'] else 'absent'}"
         + ("" if result.manifest.draft is None else f", a draft of {result.manifest.draft.draft_vocab_size} tokens")
     )
+    if facts["quantization"] is not None:
+        _print_quantization(facts["quantization"])
     click.echo(f"Next: angelforge build {result.folder} --target cpu")
 
 
@@ -78,8 +85,38 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "rope": manifest.rope,
         "weight_bytes": sum(record.size for name, record in manifest.files.items() if name.startswith("weights/")),
         "draft": None if manifest.draft is None else manifest.draft.to_dict(),
+        "quantization": _quantization(bundle),
         "notes": _notes(bundle),
     }
+
+
+def _quantization(bundle: Bundle) -> dict[str, Any] | None:
+    """Errors of this export's quantisation: of all weights, and by kind; what stands by file is in the bundle."""
+    from angelforge.exporter.quantization_report import FILE, read_report
+
+    if FILE not in bundle.manifest.files:
+        return None
+    report = read_report(bundle.folder)
+    return {key: report[key] for key in ("all", "kinds")}
+
+
+def _print_quantization(report: dict[str, Any]) -> None:
+    rows = {**report["kinds"], "all": report["all"]}
+    print_table(
+        ("quantised", "weights", "relative error", "largest error", "clipped", "zeros", "worst tensor"),
+        [
+            (
+                kind,
+                f"{entry['weights']:,}",
+                f"{entry['relative_error']:.2%}",
+                f"{entry['largest_error']:.4g} scales",
+                f"{entry['clipped']:,}",
+                f"{entry['zeros'] / max(entry['weights'], 1):.2%}",
+                f"{entry['worst_relative_error']:.2%} {entry['worst_tensor']}",
+            )
+            for kind, entry in rows.items()
+        ],
+    )
 
 
 def _notes(bundle: Bundle) -> list[str]:

@@ -44,11 +44,16 @@ def test_one_96_gb_h20_cannot_hold_the_fp8_model() -> None:
         assert planned(**options).fits  # type: ignore[arg-type]
 
 
-def test_bf16_on_h20_needs_four_cards_or_an_fp8_checkpoint() -> None:
-    """205.8 GB; export takes FP8 weights only from an FP8 checkpoint, and the remedy says so."""
-    remedies = planned("h20", "bf16", FULL).remedies
-    assert remedies == ("--tensor-parallel 4", "an FP8 checkpoint of this model and --tensor-parallel 2")
+def test_bf16_on_h20_needs_four_cards_or_fp8() -> None:
+    """205.8 GB; export quantises BF16 checkpoints, and FP8 ones are taken as they are."""
+    assert planned("h20", "bf16", FULL).remedies == ("--tensor-parallel 4", "--precision fp8 --tensor-parallel 2")
     assert "--precision fp8 --tensor-parallel 2" in planned("h20", "bf16", FULL_FP8).remedies
+
+
+def test_a_bf16_checkpoint_is_planned_in_fp8_like_an_fp8_one() -> None:
+    """Export makes the same bundle of both."""
+    made, stored = planned("h200", "fp8", FULL), planned("h200", "fp8", FULL_FP8)
+    assert made.fits and made.to_dict() == stored.to_dict()
 
 
 def test_a_context_that_is_too_long_for_the_memory_is_shortened() -> None:
