@@ -51,18 +51,27 @@ def main_job_possible(findings: Sequence[Finding]) -> bool:
     default=Path(),
     help="Where bundles would be written: its free space is looked at.  [default: the current folder]",
 )
+@click.option("--deep", is_flag=True, help="Also build and run small engines with TensorRT: minutes on a GPU.")
 @json_option
-def doctor(folder: Path, as_json: bool) -> None:
+def doctor(folder: Path, deep: bool, as_json: bool) -> None:
     """Say what this machine can do, what prevents the rest, and how to close each gap.
 
     Exit code 1 if a checkpoint can not be exported, built for the CPU and run here; gaps that only prevent more than
     that leave it 0.
 
+    With --deep small engines are built with every TensorRT here, run on the GPU and compared with ONNX Runtime: what
+    could not be tried where this project was written. Send the output back with --json.
+
     \b
     Example:
       angelforge doctor
+      angelforge doctor --deep --json > report.json
     """
     findings = examine(folder)
+    if deep:
+        from angelforge.tools.deep import examine_deeply
+
+        findings += examine_deeply(lambda name: click.echo(f"trying: {name}", err=True))
     possible = main_job_possible(findings)
     if as_json:
         print_json({"main_job_possible": possible, "findings": [asdict(finding) for finding in findings]})
