@@ -1,6 +1,6 @@
 """MoELogits' kernel: f32 multiply-adds, no tensor core; one order of summation for any number of tokens.
 
-The depth is cut into 64 slices: slice s has the columns s, s + 64, s + 128, …, which one thread sums in that order, so
+The depth is cut into 32 slices: slice s has the columns s, s + 32, s + 64, …, which one thread sums in that order, so
 that neighbouring threads read neighbouring columns. Sums of slices are added eight by eight in their order.
 """
 
@@ -15,21 +15,25 @@ from angelforge.plugins.device.launch import ceil_div
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.moe_logits.operator import MOE_LOGITS
 
-SLICES = 64
-LEAST_STEPS = 8  # columns of a slice in one tl.dot
+SLICES = 32
+LEAST_STEPS = 16  # columns of a slice in one tl.dot; Triton 3.6 takes no fewer
 
 
 @triton.jit
-def _ordered_sum(x, outer: tl.constexpr, inner: tl.constexpr):
-    """x [outer, inner, 8] summed over its last axis, from the first to the last."""
-    even, odd = tl.split(tl.reshape(x, (outer, inner, 4, 2)))
-    x04, x26 = tl.split(tl.reshape(even, (outer, inner, 2, 2)))
-    x15, x37 = tl.split(tl.reshape(odd, (outer, inner, 2, 2)))
+def _sum_of_slices(x, outputs: tl.constexpr):
+    """x [outputs, 32] summed over its last axis: eights from the first to the last, then those."""
+    even, odd = tl.split(tl.reshape(x, (outputs, 4, 4, 2)))
+    x04, x26 = tl.split(tl.reshape(even, (outputs, 4, 2, 2)))
+    x15, x37 = tl.split(tl.reshape(odd, (outputs, 4, 2, 2)))
     x0, x4 = tl.split(x04)
     x1, x5 = tl.split(x15)
     x2, x6 = tl.split(x26)
     x3, x7 = tl.split(x37)
-    return ((((((x0 + x1) + x2) + x3) + x4) + x5) + x6) + x7
+    eights = ((((((x0 + x1) + x2) + x3) + x4) + x5) + x6) + x7
+    even, odd = tl.split(tl.reshape(eights, (outputs, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return ((x0 + x1) + x2) + x3
 
 
 @triton.jit
@@ -49,19 +53,19 @@ def _logits(
     row = (tl.program_id(0) // columns).to(tl.int64) * m + tl.arange(0, m)
     expert = tl.program_id(0) % columns * n + tl.arange(0, n)
     token, source = tl.minimum(row, tokens - 1), tl.minimum(expert, experts - 1)
-    column = tl.arange(0, 64)[:, None] + tl.arange(0, k)[None, :] * 64
+    column = tl.arange(0, 32)[:, None] + tl.arange(0, k)[None, :] * 32
     x_tile = hidden + token[None, :, None] * depth + column[:, None, :]  # [slice, token, column]
     w_tile = weight + source[None, :, None] * depth + column[:, None, :]
-    slices = tl.zeros((64, m, n), tl.float32)
-    for start in range(0, depth, 64 * k):
-        if depth % (64 * k) == 0:
+    slices = tl.zeros((32, m, n), tl.float32)
+    for start in range(0, depth, 32 * k):
+        if depth % (32 * k) == 0:
             x, w = tl.load(x_tile + start), tl.load(w_tile + start)
         else:
             inside = (start + column < depth)[:, None, :]
             x, w = tl.load(x_tile + start, inside, 0.0), tl.load(w_tile + start, inside, 0.0)
         slices = tl.dot(x.to(tl.float32), tl.permute(w, (0, 2, 1)), slices, input_precision="ieee")
-    by_eight = _ordered_sum(tl.reshape(tl.permute(slices, (1, 2, 0)), (m * n, 8, 8)), m * n, 8)
-    result = tl.reshape(_ordered_sum(tl.reshape(by_eight, (m * n, 1, 8)), m * n, 1), (m, n))
+    total = _sum_of_slices(tl.reshape(tl.permute(slices, (1, 2, 0)), (m * n, 32)), m * n)
+    result = tl.reshape(total, (m, n))
     mask = (row < tokens)[:, None] & (expert < experts)[None, :]
     tl.store(logits + row[:, None] * experts + expert[None, :], result, mask)
 
@@ -96,7 +100,7 @@ def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: 
         "n": tile.n,
         "k": tile.k,
         # A single token's columns at once, as far as 48 KB of shared memory reach.
-        "row_k": min(per_slice, 64) if tile.n <= 2 else 0,
+        "row_k": min(per_slice, 128) if tile.n <= 2 else 0,
     }
 
 
@@ -106,10 +110,10 @@ def _grid(dims: Mapping[str, Any], gpu: Gpu, tile: Tile) -> tuple[Any, int, int]
 
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     if tokens <= 8:
-        return Tile(m=8, n=2, k=LEAST_STEPS, warps=4, stages=1)
+        return Tile(m=8, n=2, k=LEAST_STEPS, warps=2, stages=1)
     if tokens <= 256:
-        return Tile(m=16, n=8, k=LEAST_STEPS, warps=8, stages=1)
-    return Tile(m=32, n=16, k=LEAST_STEPS, warps=8, stages=2)
+        return Tile(m=16, n=8, k=LEAST_STEPS, stages=1)
+    return Tile(m=32, n=32, k=LEAST_STEPS, warps=8, stages=1)
 
 
 KERNEL = Kernel(
