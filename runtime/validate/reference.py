@@ -76,17 +76,11 @@ class Reference:
         """Everything that happens on the way to the logits."""
         ids = np.asarray(ids, np.int64)
         positions = np.arange(len(ids)) if positions is None else np.asarray(positions, np.int64)
-        cos, sin = (table.astype(self.dtype) for table in rope_tables(self.config, positions))
         x = self.tensor("model.word_embeddings.weight")[ids]  # [T, H]
         residuals, routings, keys, values = [x], [], [], []
         for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            normed = self._norm(x, prefix + "input_layernorm.weight")
-            attended, key, value = self._attention(normed, prefix + "attention.", cos, sin, positions)
-            x = x + attended
-            normed = self._norm(x, prefix + "post_attention_layernorm.weight")
-            fed, routing = self._feed_forward(normed, layer)
-            x = x + fed
+            x, key, value = self.attention_block(x, layer, positions)
+            x, routing = self.mlp_block(x, layer)
             residuals.append(x)
             routings.append(routing)
             keys.append(key)
@@ -104,12 +98,29 @@ class Reference:
             values=tuple(values),
         )
 
+    def attention_block(self, x: Array, layer: int, positions: Array) -> tuple[Array, Array, Array]:
+        """The first half of a layer: (residual stream [T, H] with attention added, keys, values) of x [T, H]."""
+        prefix = f"model.layers.{layer}."
+        cos, sin = (table.astype(self.dtype) for table in rope_tables(self.config, positions))
+        normed = self._norm(x, prefix + "input_layernorm.weight")
+        attended, key, value = self._attention(normed, prefix + "attention.", cos, sin, positions)
+        return x + attended, key, value
+
+    def mlp_block(self, x: Array, layer: int) -> tuple[Array, Routing | None]:
+        """The second half of a layer: (residual stream [T, H] with the MLP added, the router's choice) of x [T, H]."""
+        fed, routing = self._feed_forward(self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight"), layer)
+        return x + fed, routing
+
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(x, self.tensor(name), self.config["rms_norm_eps"])
 
+    def _linear(self, x: Array, name: str) -> Array:
+        """x [T, in] · weight [out, in]ᵀ of one of the weights that FP8 checkpoints quantise."""
+        return np.asarray(x @ self.tensor(name).T)
+
     def _attention(self, x: Array, prefix: str, cos: Array, sin: Array, positions: Array) -> tuple[Array, Array, Array]:
         tokens = len(x)
-        fused = x @ self.tensor(prefix + "query_key_value.weight").T  # [T, (heads + 2 kv_heads) · head_dim]
+        fused = self._linear(x, prefix + "query_key_value.weight")  # [T, (heads + 2 kv_heads) · head_dim]
         fused = fused.reshape(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key, value = np.split(fused, [self.heads, self.heads + self.kv_heads], axis=1)
         if self.config.get("use_qk_norm", True):
@@ -117,7 +128,7 @@ class Reference:
             key = self._norm(key, prefix + "key_layernorm.weight")
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         out = causal_attention(query, key, value, positions)  # [T, heads, head_dim]
-        return out.reshape(tokens, -1) @ self.tensor(prefix + "dense.weight").T, key, value
+        return self._linear(out.reshape(tokens, -1), prefix + "dense.weight"), key, value
 
     def _feed_forward(self, x: Array, layer: int) -> tuple[Array, Routing | None]:
         prefix = f"model.layers.{layer}.mlp."
@@ -141,9 +152,8 @@ class Reference:
         return out, routing
 
     def _gated(self, x: Array, prefix: str) -> Array:
-        gate = x @ self.tensor(prefix + "gate_proj.weight").T
-        up = x @ self.tensor(prefix + "up_proj.weight").T
-        return np.asarray((gate * sigmoid(gate) * up) @ self.tensor(prefix + "down_proj.weight").T)
+        gate, up = (self._linear(x, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))
+        return self._linear(gate * sigmoid(gate) * up, prefix + "down_proj.weight")
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
