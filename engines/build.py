@@ -1,25 +1,29 @@
-"""Builds a bundle's engine for a target: plan, profiles, engine, and the manifest beside it."""
+"""Builds a bundle's TensorRT engines for a target, draft and target as a pair, each with a manifest beside it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
-import onnx_ir as ir
-
 from angelforge.atomic import lock, remove_leftovers, write_atomic
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
-from angelforge.engines.limits import BuildOptions, choose_limits, plan_build
-from angelforge.engines.manifest import FILE, EngineManifest, bundle_facts, engine_folder, file_digest
-from angelforge.engines.network import prepare_network
-from angelforge.engines.plan_types import Plan
-from angelforge.engines.profiles import Profile, make_profiles
-from angelforge.engines.shapes import check_volumes
+from angelforge.engines.limits import BuildOptions, draft_depth
+from angelforge.engines.manifest import (
+    DRAFT_FILE,
+    FILE,
+    EngineManifest,
+    bundle_facts,
+    engine_folder,
+    graph_facts,
+)
+from angelforge.engines.preparation import Prepared, PreparedGraph, prepare_build
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
+from angelforge.engines.tensorrt_layers import read_activation_bytes
 from angelforge.engines.tensorrt_progress import Report
-from angelforge.errors import AngelForgeError, UsageError
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.gpu import GpuFacts, require_gpu
@@ -27,12 +31,17 @@ from angelforge.plugins.tensorrt.kernels import kernel_digest
 from angelforge.plugins.tensorrt.library import Library, load_library
 from angelforge.targets import Target
 
-LOG = "build.log"
 TIMING_CACHE = "timing.cache"
+MANIFESTS = {"target": FILE, "draft": DRAFT_FILE}
+LOGS = {"target": "build.log", "draft": "draft.log"}
+_PREFIXES = {"target": "model", "draft": "draft"}
+_DRAFT_SHARE = 0.1  # of the time that a build of both takes
 
 
 def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report: Report) -> EngineManifest:
-    """Builds the engine of `target`; weights need not be there yet. An interrupted build leaves the last good engine.
+    """Builds the engine of `target`, and of the bundle's draft; weights need not be there yet. Returns the target's.
+
+    An interrupted build leaves the last good engines.
 
     Raises:
         AngelForgeError: the model does not fit, this machine cannot build for the target, TensorRT refuses, another
@@ -40,84 +49,83 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
         UsageError: options that contradict each other.
         KeyboardInterrupt: Ctrl-C.
     """
-    begin = perf_counter()
     gpu = None
     if target.backend == "tensorrt":
         gpu = require_gpu()
         _check_gpu(gpu, target)
     prepared = prepare_build(bundle, target, options)
-    library = library_of(target)
-    folder = engine_folder(bundle, target.name)
-    with explained("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
-        remove_leftovers(folder)
-        request = EngineRequest(
-            library=library,
-            architecture=target.architecture,
-            profiles=prepared.profiles,
-            ahead_of_time=Gpu(gpu.architecture, gpu.sms) if gpu and options.plugins == "aot" else None,
-            optimization_level=options.optimization_level,
-            timing_cache=folder / TIMING_CACHE,
-        )
-        engine = build_engine(prepared.model, request, folder / LOG, report)
-        digest = sha256(engine).hexdigest()
-        # Named by content: until the manifest is renamed, it names the last good engine, which is still there.
-        name = f"model-{digest[:16]}.engine"
-        write_atomic(folder / name, engine)
-        manifest = EngineManifest(
-            target=target.name,
-            backend=library.flavour,
-            backend_version=library.version,
-            engine=name,
-            engine_digest=digest,
-            engine_bytes=len(engine),
-            graph_digest=graph_digest(bundle),
-            draft_digest=draft_digest(bundle),
-            architecture=target.architecture,
-            gpu=gpu.name if gpu else None,
-            driver=gpu.driver if gpu else None,
-            tensor_parallel=options.tensor_parallel,
-            kernels=kernel_digests(bundle),
-            profiles=[profile.to_dict() for profile in prepared.profiles],
-            options=options.to_dict() | {"plugins": "aot" if request.ahead_of_time else "python"},
-            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            seconds=round(perf_counter() - begin, 3),
-            **bundle_facts(bundle),
-        )
-        write_atomic(folder / FILE, manifest.to_json())
-        _remove_older_engines(folder, name)
-    return manifest
+    job = _Job(bundle, target, options, prepared, library_of(target), gpu, engine_folder(bundle, target.name))
+    with explained("write", job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    with lock(job.folder / ".lock"):
+        remove_leftovers(job.folder)
+        made, done = [], 0.0
+        for graph in prepared.graphs:
+            share = _DRAFT_SHARE if graph.role == "draft" else 1.0 - done
+            made.append(_build(job, graph, _part(report, done, share)))
+            done += share
+        for manifest, graph in zip(made, prepared.graphs, strict=True):
+            write_atomic(job.folder / MANIFESTS[graph.role], manifest.to_json())
+        _remove_older_engines(job.folder, {manifest.engine for manifest in made})
+    return made[-1]
+
+
+def _part(report: Report, begin: float, width: float) -> Report:
+    """A report of a part of the work, from share `begin` on."""
+    return lambda phase, share: report(phase, begin + width * share)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that is known before TensorRT starts."""
+class _Job:
+    """What the engines of one build have in common."""
 
-    model: ir.Model  # for the parser
-    weights: tuple[str, ...]  # inputs that are weights
-    profiles: tuple[Profile, ...]
-    plan: Plan
+    bundle: Bundle
+    target: Target
+    options: BuildOptions
+    prepared: Prepared
+    library: Library
+    gpu: GpuFacts | None  # where TensorRT builds for the GPU at hand
+    folder: Path
 
 
-def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fit: bool = True) -> Prepared:
-    """The graph for the parser, and the profiles, checked against each other.
-
-    Raises:
-        AngelForgeError: the model must fit and does not, or the graph is not one that TensorRT can take.
-        UsageError: options that contradict each other.
-    """
-    planned = plan_build(bundle, target, options)
-    role = "target" if options.tensor_parallel == 1 else f"target-tp{options.tensor_parallel}"
-    if role not in bundle.manifest.graphs:
-        raise UsageError(
-            f"The bundle has no graph for {options.tensor_parallel} ranks, only {', '.join(bundle.manifest.graphs)}."
-        )
-    model = ir.load(bundle.folder / bundle.manifest.graphs[role])
-    weights = prepare_network(model, options.tensor_parallel)
-    profiles = make_profiles(choose_limits(bundle, model, planned, options, must_fit))
-    check_volumes(model, {symbol: sizes.most for symbol, sizes in profiles[-1].symbols().items()})
-    return Prepared(model, weights, profiles, planned)
+def _build(job: _Job, graph: PreparedGraph, report: Report) -> EngineManifest:
+    """Builds and writes one engine, named by its content: the last good one, which its manifest names, stays."""
+    begin = perf_counter()
+    ahead = job.gpu is not None and job.options.plugins == "aot"
+    request = EngineRequest(
+        library=job.library,
+        architecture=job.target.architecture,
+        profiles=job.prepared.profiles,
+        ahead_of_time=Gpu(job.gpu.architecture, job.gpu.sms) if job.gpu and ahead else None,
+        optimization_level=job.options.optimization_level,
+        timing_cache=job.folder / TIMING_CACHE,
+    )
+    log = job.folder / LOGS[graph.role]
+    engine = build_engine(graph.model, request, log, report)
+    digest = sha256(engine).hexdigest()
+    name = f"{_PREFIXES[graph.role]}-{digest[:16]}.engine"
+    write_atomic(job.folder / name, engine)
+    depth = draft_depth(job.bundle, job.options)
+    return EngineManifest(
+        target=job.target.name,
+        backend=job.library.flavour,
+        backend_version=job.library.version,
+        engine=name,
+        engine_digest=digest,
+        engine_bytes=len(engine),
+        architecture=job.target.architecture,
+        gpu=job.gpu.name if job.gpu else None,
+        driver=job.gpu.driver if job.gpu else None,
+        tensor_parallel=job.options.tensor_parallel,
+        kernels=kernel_digests(job.bundle),
+        profiles=[profile.to_dict() for profile in job.prepared.profiles],
+        activation_bytes=read_activation_bytes(log),
+        options=job.options.to_dict() | {"draft_depth": depth, "plugins": "aot" if ahead else "python"},
+        built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(perf_counter() - begin, 3),
+        **bundle_facts(job.bundle),
+        **graph_facts(job.bundle, graph.role),
+    )
 
 
 def library_of(target: Target) -> Library:
@@ -128,17 +136,6 @@ def library_of(target: Target) -> Library:
     """
     assert target.backend != "onnxruntime"
     return load_library(target.backend)
-
-
-def graph_digest(bundle: Bundle) -> str:
-    """Digest of the bundle's graph as it stands on disk now."""
-    return file_digest(bundle.folder / bundle.manifest.graphs["target"])
-
-
-def draft_digest(bundle: Bundle) -> str | None:
-    """Digest of the bundle's draft graph as it stands on disk now, None without a draft."""
-    draft = bundle.manifest.graphs.get("draft")
-    return None if draft is None else file_digest(bundle.folder / draft)
 
 
 def kernel_digests(bundle: Bundle) -> dict[str, str]:
@@ -155,8 +152,8 @@ def _check_gpu(gpu: GpuFacts, target: Target) -> None:
         )
 
 
-def _remove_older_engines(folder: Path, current: str) -> None:
-    for path in folder.glob("model-*.engine"):
-        if path.name != current:
+def _remove_older_engines(folder: Path, current: Iterable[str]) -> None:
+    for path in folder.glob("*.engine"):
+        if path.name not in current:
             with explained("remove", path):
                 path.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from angelforge.engines.shapes import MAX_VOLUME, concrete_shapes
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.targets import Target
 
+# Draft tokens at which published drafts of this architecture gain most (MODEL.md).
+_DRAFT_DEPTH = 3
 # A pool larger than this many full batches only keeps the prefixes of sequences that have ended.
 _USEFUL_BATCHES = 4
 
@@ -27,7 +29,7 @@ class BuildOptions:
 
     max_tokens: int = 8192  # in one step
     max_batch: int = 32  # sequences in one step
-    draft_depth: int = 0  # draft tokens that a step verifies for each sequence
+    draft_depth: int | None = None  # draft tokens that a step verifies for each sequence
     pages: int | None = None  # of the pool
     tensor_parallel: int = 1
     optimization_level: int | None = None  # of TensorRT, 0 to 5
@@ -81,7 +83,7 @@ def choose_limits(
     fixed: Mapping[str, int] = {
         "max_tokens": options.max_tokens,
         "max_batch": options.max_batch,
-        "draft_depth": options.draft_depth,
+        "draft_depth": draft_depth(bundle, options),
         "max_context": manifest.max_context,
         "page_size": manifest.page_size,
     }
@@ -90,6 +92,13 @@ def choose_limits(
     width = -(-manifest.max_context // manifest.page_size)
     useful = _USEFUL_BATCHES * options.max_batch * width + 1
     return StepLimits(pages=max(min(planned.pages, useful, _most_pages(model)), width + 1), **fixed)
+
+
+def draft_depth(bundle: Bundle, options: BuildOptions) -> int:
+    """Draft tokens that a step verifies for each sequence: as asked for, else 3 where the bundle has a draft."""
+    if options.draft_depth is not None:
+        return options.draft_depth
+    return _DRAFT_DEPTH if "draft" in bundle.manifest.graphs else 0
 
 
 def _most_pages(model: ir.Model) -> int:

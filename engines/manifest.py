@@ -65,6 +65,7 @@ class EngineManifest:
     target_digest: str | None = None  # of the bundle's target graph, in the manifest of a draft's engine
     kernels: Mapping[str, str] = field(default_factory=dict)  # digests by operator
     profiles: Sequence[Mapping[str, Any]] = ()  # `Profile.to_dict`
+    activation_bytes: Sequence[int] = ()  # of each profile, as TensorRT tells
     options: Mapping[str, Any] = field(default_factory=dict)  # of the build
     format: int = FORMAT
 
@@ -129,6 +130,19 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def graph_facts(bundle: Bundle, role: str) -> dict[str, Any]:
+    """Digests of the bundle's graphs as they stand on disk now, by the names of `EngineManifest`.
+
+    The graph under `role`, and what ties the engines of a target and its draft together: each other's graph.
+    """
+    graphs = bundle.manifest.graphs
+    return {
+        "graph_digest": file_digest(bundle.folder / graphs[role]),
+        "draft_digest": file_digest(bundle.folder / graphs["draft"]) if "draft" in graphs else None,
+        "target_digest": file_digest(bundle.folder / graphs["target"]) if role == "draft" else None,
+    }
+
+
 def engine_folder(bundle: Bundle, target: str) -> Path:
     """Where the engine for `target` stands in a bundle."""
     return bundle.folder / "engines" / target
@@ -154,8 +168,9 @@ def _fits(name: str, value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if name in _OBJECTS:
         return isinstance(value, dict)
-    if name == "profiles":
-        return isinstance(value, (list, tuple)) and all(isinstance(item, dict) for item in value)
+    if name in ("profiles", "activation_bytes"):
+        kind = dict if name == "profiles" else int
+        return isinstance(value, (list, tuple)) and all(isinstance(item, kind) for item in value)
     if name == "seconds":
         return isinstance(value, (int, float))
     if name == "engine":  # never a path that leads elsewhere

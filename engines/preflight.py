@@ -8,8 +8,8 @@ from time import perf_counter
 from typing import Any
 
 from angelforge.bundle import Bundle
-from angelforge.engines.build import prepare_build
 from angelforge.engines.limits import BuildOptions
+from angelforge.engines.preparation import prepare_build
 from angelforge.engines.profiles import Profile
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
 from angelforge.engines.tensorrt_progress import Report
@@ -35,7 +35,7 @@ class Preflight:
     weights: int  # network inputs that are weights
     plugins: int  # nodes that became plugins
     profiles: tuple[Profile, ...]
-    engine_bytes: int
+    engine_bytes: int  # of target and draft
     seconds: float
     problem: str | None  # why the model does not fit on the target, though it builds
 
@@ -73,20 +73,23 @@ def preflight(bundle: Bundle, target: Target, options: BuildOptions, report: Rep
     library = load_library("tensorrt-rtx")
     architecture = nearest_architecture(library, target.architecture, bundle.manifest.precision)
     prepared = prepare_build(bundle, target, options, must_fit=False)
-    descriptor, log = mkstemp(prefix="angelforge-preflight-", suffix=".log")
-    os.close(descriptor)
-    engine = build_engine(prepared.model, EngineRequest(library, architecture, prepared.profiles), Path(log), report)
-    os.unlink(log)  # after a failure it stays: the message names it
+    nbytes = 0
+    for graph in prepared.graphs:
+        descriptor, log = mkstemp(prefix="angelforge-preflight-", suffix=".log")
+        os.close(descriptor)
+        request = EngineRequest(library, architecture, prepared.profiles)
+        nbytes += len(build_engine(graph.model, request, Path(log), report))
+        os.unlink(log)  # after a failure it stays: the message names it
     return Preflight(
         target=target.name,
         architecture=target.architecture,
         built_for=architecture,
         library=library.title,
         own_library=target.backend == library.flavour,
-        weights=len(prepared.weights),
-        plugins=sum(node.domain == DOMAIN for node in prepared.model.graph),
+        weights=sum(len(graph.weights) for graph in prepared.graphs),
+        plugins=sum(node.domain == DOMAIN for graph in prepared.graphs for node in graph.model.graph),
         profiles=prepared.profiles,
-        engine_bytes=len(engine),
+        engine_bytes=nbytes,
         seconds=round(perf_counter() - begin, 3),
         problem=prepared.plan.problem,
     )

@@ -1,4 +1,4 @@
-"""The layers of a built engine, from the log of its build: also on a machine that cannot load the engine."""
+"""Layers and memory of a built engine, from the log of its build: also on a machine that cannot load the engine."""
 
 import re
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ _LAYER = re.compile(
 )
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _SUFFIX = re.compile(r"(_myl\d+_\d+)?$")
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 # Kinds under which TensorRT runs plugins.
 PLUGIN_KINDS = {"custom_layer", "PluginV", "PluginV3"}
 
@@ -37,6 +38,16 @@ def read_layers(log: Path) -> list[EngineLayer]:
     """
     with explained("read", log), log.open(encoding="utf-8", errors="replace") as file:
         return [_layer(match) for line in file if (match := _LAYER.match(line))]
+
+
+def read_activation_bytes(log: Path) -> tuple[int, ...]:
+    """Bytes of activations that TensorRT reserves in each profile; empty where it did not say.
+
+    Raises:
+        AngelForgeError: the log cannot be read.
+    """
+    with explained("read", log), log.open(encoding="utf-8", errors="replace") as file:
+        return tuple(int(match[1]) for line in file if (match := _ACTIVATIONS.search(line)))
 
 
 def _layer(match: re.Match[str]) -> EngineLayer:

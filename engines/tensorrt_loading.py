@@ -5,8 +5,8 @@ from hashlib import sha256
 
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
-from angelforge.engines.build import draft_digest, graph_digest, kernel_digests
-from angelforge.engines.manifest import EngineManifest, bundle_facts, engine_folder
+from angelforge.engines.build import MANIFESTS, kernel_digests
+from angelforge.engines.manifest import EngineManifest, bundle_facts, engine_folder, graph_facts
 from angelforge.engines.profiles import Profile
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.registry import OPERATORS
@@ -25,16 +25,16 @@ class TensorrtEngine:
 
 
 def open_tensorrt_engine(
-    bundle: Bundle, target: Target, library: Library, gpu: GpuFacts, tensor_parallel: int = 1
+    bundle: Bundle, target: Target, library: Library, gpu: GpuFacts, tensor_parallel: int = 1, role: str = "target"
 ) -> TensorrtEngine:
-    """The engine of `target`, after every fact that can differ has been compared.
+    """The engine of `target` (or of its draft, by `role`), after every fact that can differ has been compared.
 
     Raises:
         AngelForgeError: no engine, a damaged one, or one for something else; one sentence says what is found and what
             is needed, another what to do.
     """
     folder = engine_folder(bundle, target.name)
-    manifest = EngineManifest.load(folder)
+    manifest = EngineManifest.load(folder, MANIFESTS[role])
     file = folder / manifest.engine
     with explained("read", file):
         plan = file.read_bytes()
@@ -42,7 +42,7 @@ def open_tensorrt_engine(
     manifest.require({"engine_digest": sha256(plan).hexdigest()})
     manifest.require({**bundle_facts(bundle), "operators": _own_versions(manifest)})
     manifest.require({"operators": dict(bundle.manifest.operators), "tensor_parallel": tensor_parallel})
-    manifest.require({"graph_digest": graph_digest(bundle), "draft_digest": draft_digest(bundle)})
+    manifest.require(graph_facts(bundle, role))
     manifest.require({"kernels": kernel_digests(bundle)})
     manifest.require({"backend": library.flavour, "backend_version": library.version})
     require_gpu_of(manifest, gpu)

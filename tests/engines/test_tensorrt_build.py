@@ -57,7 +57,9 @@ def test_the_engine_stands_beside_its_manifest(bundle: Bundle, built: EngineMani
     assert (built.backend, built.backend_version) == ("tensorrt-rtx", rtx().version)
     assert (built.architecture, built.gpu, built.driver, built.tensor_parallel) == ("sm_89", None, None, 1)
     assert [profile["name"] for profile in built.profiles] == ["decode-8", "prefill"]
-    assert built.options == SMALL.to_dict() | {"plugins": "python"}
+    assert built.options == SMALL.to_dict() | {"plugins": "python", "draft_depth": 0}
+    assert len(built.activation_bytes) == 2
+    assert 0 < built.activation_bytes[0] < built.activation_bytes[1]
     assert set(built.kernels) == set(built.operators) == set(bundle.manifest.operators)
     assert {path.name for path in folder(bundle).iterdir()} == {built.engine, "manifest.json", "build.log"}
 
@@ -114,7 +116,6 @@ def test_a_failed_build_leaves_the_last_engine(
     bundle: Bundle, built: EngineManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message names TensorRT's reason and the log; engine and manifest are those of before."""
-    monkeypatch.setattr(building, "OPERATORS", building.OPERATORS)
     before = EngineManifest.load(folder(bundle))
 
     def fail(*arguments: object) -> bytes:
@@ -134,6 +135,28 @@ def test_a_new_engine_replaces_the_old(tmp_path: Path) -> None:
     second = build_tensorrt(bundle, RTX4090, BuildOptions(max_tokens=8, max_batch=3), quiet)
     assert first.engine != second.engine
     assert [path.name for path in folder(bundle).glob("*.engine")] == [second.engine]
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
+def test_a_draft_is_built_with_its_target(precision: Precision, tmp_path: Path) -> None:
+    """Two engines, each with the digest of the other's graph; logits of verified tokens fit the profiles."""
+    rtx()
+    bundle = graph_bundle(tmp_path, precision, draft=True)
+    shares: list[float] = []
+    target = build_tensorrt(
+        bundle, RTX4090, BuildOptions(max_tokens=64, max_batch=2), lambda phase, share: shares.append(share)
+    )
+    draft = EngineManifest.load(folder(bundle), "draft.json")
+    assert target.draft_digest == draft.graph_digest == file_digest(bundle.folder / "draft.onnx")
+    assert draft.target_digest == target.graph_digest
+    assert {path.name for path in folder(bundle).glob("*.engine")} == {target.engine, draft.engine}
+    assert target.options["draft_depth"] == draft.options["draft_depth"] == 3
+    assert [profile["logit_rows"]["most"] for profile in target.profiles] == [8, 8]
+    assert (folder(bundle) / "draft.log").is_file()
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+    found = preflight(bundle, get_target("h20"), BuildOptions(max_tokens=64, max_batch=2), quiet)
+    assert found.engine_bytes > target.engine_bytes
 
 
 CANCELLED = """

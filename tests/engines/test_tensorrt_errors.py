@@ -8,9 +8,9 @@ import pytest
 from support.tensorrt import graph_bundle, quiet, rtx
 
 from angelforge.engines import tensorrt_builder
-from angelforge.engines.build import prepare_build
 from angelforge.engines.limits import BuildOptions
 from angelforge.engines.network import prepare_network
+from angelforge.engines.preparation import prepare_build
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
 from angelforge.engines.tensorrt_errors import describe_nodes, explain_build_errors
 from angelforge.engines.tensorrt_log import logger_of, recording
@@ -129,7 +129,7 @@ def test_silence_is_told(tmp_path: Path) -> None:
 def test_every_node_has_a_description(tmp_path: Path) -> None:
     """Names of the checkpoint's modules, not of files or numbers."""
     bundle = graph_bundle(tmp_path)
-    model = prepare_build(bundle, get_target("rtx4090"), BuildOptions()).model
+    model = prepare_build(bundle, get_target("rtx4090"), BuildOptions()).target.model
     described = describe_nodes(model)
     assert set(described) == {node.name for node in model.graph}
     assert described["model/layers.0/mlp/GateUp_node_9"].startswith("model.layers.0.mlp (GateUp of bfloat16 [T, 256], ")

@@ -1,5 +1,6 @@
 """TensorRT for RTX in tests: it builds engines without a GPU; where it is not installed, tests are skipped."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic_config import small_config
+from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
 from angelforge.plugins.tensorrt.library import Library, load_library
 from angelforge.precision import Precision
 
@@ -22,8 +24,8 @@ def rtx() -> Library:
         pytest.skip(str(error))
 
 
-def graph_bundle(folder: Path, precision: Precision = Precision.BF16, **changes: Any) -> Bundle:
-    """A bundle of a small model with the graph alone, no weights, in `folder`/bundle."""
+def graph_bundle(folder: Path, precision: Precision = Precision.BF16, draft: bool = False, **changes: Any) -> Bundle:
+    """A bundle of a small model with the graphs alone, no weights, in `folder`/bundle."""
     config = small_config() | changes
     if precision is Precision.FP8:
         config["quantization_config"] = {
@@ -35,7 +37,11 @@ def graph_bundle(folder: Path, precision: Precision = Precision.BF16, **changes:
     source = folder / "checkpoint"
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(config))
-    return export(str(source), folder / "bundle", ExportOptions(precision=precision, graph_only=True))
+    options = ExportOptions(precision=precision, graph_only=True)
+    if draft:
+        drafted = write_draft(folder / "draft", source, small_draft_config(config))
+        options = dataclasses.replace(options, draft=str(drafted))
+    return export(str(source), folder / "bundle", options)
 
 
 def quiet(phase: str, share: float) -> None:

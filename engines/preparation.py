@@ -1,0 +1,70 @@
+"""All of a build that needs neither TensorRT nor a GPU: plan, graph and profiles, checked against each other."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from angelforge.bundle import Bundle
+from angelforge.engines.limits import BuildOptions, choose_limits, plan_build
+from angelforge.engines.network import prepare_network
+from angelforge.engines.plan_types import Plan
+from angelforge.engines.profiles import Profile, make_profiles
+from angelforge.engines.shapes import check_volumes
+from angelforge.errors import UsageError
+from angelforge.targets import Target
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """One graph of a bundle, ready for the parser."""
+
+    role: str  # "target" or "draft"
+    model: ir.Model
+    weights: tuple[str, ...]  # inputs that are weights
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before TensorRT starts; the target's graph comes last."""
+
+    graphs: tuple[PreparedGraph, ...]
+    profiles: tuple[Profile, ...]
+    plan: Plan
+
+    @property
+    def target(self) -> PreparedGraph:
+        """The target's graph."""
+        return self.graphs[-1]
+
+
+def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fit: bool = True) -> Prepared:
+    """Graphs and profiles of a build.
+
+    Raises:
+        AngelForgeError: the model must fit and does not, or a graph is not one that TensorRT can take.
+        UsageError: options that contradict each other.
+    """
+    planned = plan_build(bundle, target, options)
+    names = {role: _graph_of(bundle, role, options.tensor_parallel) for role in ("draft", "target")}
+    graphs = tuple(
+        _prepare(bundle, role, name, options.tensor_parallel) for role, name in names.items() if name is not None
+    )
+    limits = choose_limits(bundle, graphs[-1].model, planned, options, must_fit)
+    profiles = make_profiles(limits)
+    for graph in graphs:
+        check_volumes(graph.model, {symbol: sizes.most for symbol, sizes in profiles[-1].symbols().items()})
+    return Prepared(graphs, profiles, planned)
+
+
+def _prepare(bundle: Bundle, role: str, name: str, ranks: int) -> PreparedGraph:
+    model = ir.load(bundle.folder / name)
+    return PreparedGraph(role, model, prepare_network(model, ranks))
+
+
+def _graph_of(bundle: Bundle, role: str, ranks: int) -> str | None:
+    """File of the graph for so many ranks; None where the bundle has no draft."""
+    graphs = bundle.manifest.graphs
+    key = role if ranks == 1 else f"{role}-tp{ranks}"
+    if key not in graphs and role in graphs:
+        raise UsageError(f"The bundle has no graph for {ranks} ranks, only {', '.join(graphs)}.")
+    return graphs.get(key)
