@@ -34,6 +34,13 @@ def _value(key):
 
 
 @triton.jit
+def _expert_at(slot, groups: tl.constexpr, size: tl.constexpr, padded_size: tl.constexpr):
+    """(expert, whether there is one) at a slot: groups of `size` experts are padded to `padded_size` slots."""
+    expert = slot // padded_size * size + slot % padded_size
+    return expert, (slot % padded_size < size) & (slot // padded_size < groups)
+
+
+@triton.jit
 def _sigmoid(x):
     return tl.div_rn(1.0, 1.0 + tl.exp(-x))
 
@@ -141,20 +148,22 @@ def _moe_route(
     slabs: tl.constexpr = padded_groups * padded_size // lanes
     token = tl.program_id(0) * m + tl.arange(0, m)
     slot = tl.arange(0, slabs)[:, None, None] * lanes + tl.arange(0, lanes)[None, None, :]
-    expert = slot // padded_size * size + slot % padded_size
-    there = (slot % padded_size < size) & (slot // padded_size < groups)
+    expert, there = _expert_at(slot, groups, size, padded_size)
     if tl.program_id(0) * m >= tokens:  # pads a row of expert_tokens
         nothing = tl.zeros((slabs, m, lanes), tl.int1)
         _store_bits(expert_tokens, nothing, token < 0, expert, there, tokens, experts, shared)
         return
     valid = token < tl.minimum(tl.load(num_tokens), tokens)
     row = logits + tl.minimum(token, tokens - 1).to(tl.int64) * experts
-    # Loads of one value a thread: those of four would spread a token over several warps.
-    row, unaligned = row + opaque(0, tokens), bias + opaque(0, tokens)
 
-    score = _sigmoid(tl.load(row[None, :, None] + expert, there, 0.0))
-    biased = score + tl.load(unaligned + tl.broadcast_to(expert, score.shape), there, 0.0)
-    key = tl.where(there, _key(biased), _NONE)
+    # Line r of the loads is slab r // m of token r % m, and each thread loads single values: this makes a token a warp
+    # in every version of Triton.
+    line = tl.arange(0, slabs * m)[:, None]
+    source, known = _expert_at(line // m * lanes + tl.arange(0, lanes)[None, :], groups, size, padded_size)
+    source += opaque(0, tokens)
+    own = tl.minimum(tl.program_id(0) * m + line % m, tokens - 1).to(tl.int64) * experts
+    biased = _sigmoid(tl.load(logits + own + source, known, 0.0)) + tl.load(bias + source, known, 0.0)
+    key = tl.where(there, _key(tl.reshape(biased, (slabs, m, lanes))), _NONE)
     opened = _open_slabs(key, slot, padded_groups, padded_size // lanes, topk_group, size > 1)
     key = tl.where(opened[:, :, None] | ~there, key, _key(tl.full((1, 1, 1), float("-inf"), tl.float32)))
 
