@@ -1,4 +1,4 @@
-"""`angelforge inspect`: what a bundle, a checkpoint, a safetensors or an ONNX file holds."""
+"""`angelforge inspect`: what a bundle, an engine, a checkpoint, a safetensors or an ONNX file holds."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import click
 
 from angelforge.bundle import FILE
+from angelforge.engines.manifest import FILE as ENGINE_FILE
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
@@ -25,7 +26,7 @@ def look(path: Path, verify: bool) -> Report:
     """Find out what `path` is and read it; no weights are read unless `verify` asks for all of a bundle's.
 
     Raises AngelForgeError for what is not there, damaged, or nothing of the kind; UsageError for `verify` of anything
-    but a bundle.
+    but a bundle or an engine.
     """
     # Imported here: each kind needs other libraries.
     if (path / FILE).is_file():
@@ -33,9 +34,15 @@ def look(path: Path, verify: bool) -> Report:
 
         return BundleReport.read(path, verify)
     if not path.exists():
-        raise AngelForgeError(f"There is no {path}. Give a bundle, a checkpoint's folder, a safetensors or ONNX file.")
+        raise AngelForgeError(
+            f"There is no {path}. Give a bundle, an engine's folder, a checkpoint's folder, a safetensors or ONNX file."
+        )
+    if (path / ENGINE_FILE).is_file():
+        from angelforge.tools.inspect_engine import EngineReport
+
+        return EngineReport.read(path, verify)
     if verify:
-        raise UsageError(f"{path} is no bundle, and only bundles hold the digests that --verify compares.")
+        raise UsageError(f"{path} is no bundle or engine, and only those hold the digests that --verify compares.")
     if path.suffix == ".onnx":
         from angelforge.tools.inspect_graph import GraphReport
 
@@ -52,10 +59,11 @@ def look(path: Path, verify: bool) -> Report:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Compare the sha256 of every file of a bundle; reads all of it.")
+@click.option("--verify", is_flag=True, help="Compare the sha256 of every file of a bundle or engine; reads all of it.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a bundle's structure and memory as a page.")
 @json_option
-def inspect(path: Path, verify: bool, as_json: bool) -> None:
-    """Show what PATH holds: a bundle, a checkpoint's folder, a safetensors file or an ONNX file.
+def inspect(path: Path, verify: bool, html: Path | None, as_json: bool) -> None:
+    """Show what PATH holds: a bundle, an engine's folder, a checkpoint's folder, a safetensors file or an ONNX file.
 
     What is told is checked on the way: a bundle's files against its manifest by name, size and header, a checkpoint's
     tensors against its configuration.
@@ -63,8 +71,16 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
     \b
     Example:
       angelforge inspect bundle --verify
+      angelforge inspect bundle/engines/h20
     """
     report = look(path, verify)
+    if html is not None:
+        from angelforge.tools.inspect_bundle import BundleReport
+        from angelforge.tools.inspect_page import write_page
+
+        if not isinstance(report, BundleReport):
+            raise UsageError(f"{path} is no bundle, and only bundles have a page to write.")
+        write_page(report.bundle, report.engines, html)
     if as_json:
         print_json(report.to_dict())
     else:
