@@ -32,11 +32,11 @@ def find_kernel(operator: Operator) -> Kernel:
 
 
 def kernel_digest(operator: Operator) -> str:
-    """sha256 of the operator's kernel and of all device functions that kernels share; "none" without a kernel."""
+    """sha256 of the operator's kernel, of what kernels share and of the tuning table; "none" without a kernel."""
     if not _source(operator).is_file():
         return "none"
     digest = sha256(_source(operator).read_bytes())
-    for file in sorted((_root() / "device").glob("*.py")):
+    for file in (*sorted((_root() / "device").glob("*.py")), *_root().glob("tuning.json")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -206,6 +206,22 @@ def _initializers(bundle: Bundle) -> list[str]:
     return list(ir.load(bundle.folder / "model.onnx").graph.initializers)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64},
+        {"num_shared_experts": 2, "first_k_dense_replace": 2, "num_hidden_layers": 3},
+        {"num_experts": 24, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 5, "hidden_size": 384},
+        {"first_k_dense_replace": 2, "num_hidden_layers": 2},
+    ],
+)
+def test_other_sizes_build(sizes: dict[str, int], tmp_path: Path) -> None:
+    """Sizes other than AntAngelMed's: heads, groups, shared experts, dense layers, none but dense layers."""
+    rtx()
+    bundle = graph_bundle(tmp_path, Precision.FP8, **sizes)
+    assert preflight(bundle, get_target("h20"), SMALL, quiet).engine_bytes > 0
+
+
 def test_preflight_tells_what_does_not_fit(tmp_path: Path) -> None:
     """A model too large for the target builds all the same, with the planner's figures in the report."""
     rtx()
