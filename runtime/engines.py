@@ -7,7 +7,7 @@ from typing import Protocol
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
 from angelforge.errors import UsageError
-from angelforge.runtime.batch import Batch, Float32
+from angelforge.runtime.batch import Batch, Float32, Int64
 from angelforge.runtime.memory import cpu_pages
 from angelforge.targets import get_target
 
@@ -30,6 +30,31 @@ class Engine(Protocol):
         """Frees memory and device; the engine cannot be used after."""
 
 
+class DraftEngine(Protocol):
+    """A draft beside a target's engine, with a KV pool of its own. States stay where the engines are."""
+
+    page_size: int  # tokens a page, as in the target's pool
+    num_pages: int  # of its pool, page 0 included; at least as many as the target has
+    max_depth: int  # proposals a request that the engines take
+    vocabulary: Int64  # [draft vocabulary] the target's id of each draft token
+
+    def follow(self, batch: Batch, rows: Int64) -> Int64:
+        """One step on the states that the target's last call computed in its rows `rows` int64 [T].
+
+        `batch.input_ids` are the tokens after those of the rows. Returns the likeliest next tokens, ids of the target,
+        int64 [R]. Raises AngelForgeError if the engine fails.
+        """
+
+    def extend(self, batch: Batch) -> Int64:
+        """The same on the first T states of those that this draft's last call handed on (one for each of its R)."""
+
+    def logits(self) -> Float32:
+        """Logits f32 [R, draft vocabulary] of the last call; valid until the next."""
+
+    def close(self) -> None:
+        """Frees memory and device; the engine cannot be used after."""
+
+
 def load_engine(
     bundle: Bundle,
     target: str,
@@ -38,18 +63,38 @@ def load_engine(
     kv_memory: int | None = None,
     max_batch: int = 32,
     threads: int | None = None,
+    draft: bool = False,
 ) -> Engine:
     """Loads the engine that was built for `target` into a bundle.
 
-    The pool has `num_pages` pages, or what `cpu_pages` gives for `kv_memory` bytes. `threads` is for CPUs; by default
-    all cores. Raises AngelForgeError if the engine is missing, damaged or unfit.
+    The pool has `num_pages` pages, or what `cpu_pages` gives for `kv_memory` bytes, with `draft` shared with the pool
+    of the bundle's draft. `threads` is for CPUs; by default all cores. Raises AngelForgeError if the engine is missing,
+    damaged or unfit.
     """
-    backend = get_target(target).backend
-    if backend != "onnxruntime":
-        raise UsageError(f"Target {target} needs {backend}, which this version cannot run. Use target cpu.")
+    _check_target(target)
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
     manifest = bundle.manifest
     if num_pages is None:
-        num_pages = cpu_pages(manifest.model, manifest.page_size, manifest.max_context, max_batch, kv_memory)
+        drafted = manifest.draft if draft else None
+        num_pages = cpu_pages(manifest.model, manifest.page_size, manifest.max_context, max_batch, kv_memory, drafted)
     return OnnxRuntimeEngine(bundle, num_pages, threads or 0)
+
+
+def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | None = None) -> DraftEngine:
+    """Loads the engine of a bundle's draft beside `engine`, the one that `load_engine` gave for the same target.
+
+    Raises AngelForgeError if there is no draft, or its engine is missing, damaged or unfit.
+    """
+    _check_target(target)
+    from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
+    from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+    assert isinstance(engine, OnnxRuntimeEngine)
+    return OnnxRuntimeDraft(bundle, engine, threads or 0)
+
+
+def _check_target(target: str) -> None:
+    backend = get_target(target).backend
+    if backend != "onnxruntime":
+        raise UsageError(f"Target {target} needs {backend}, which this version cannot run. Use target cpu.")

@@ -13,14 +13,17 @@ from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.batch import Float32, Int64
 from angelforge.runtime.chat import ChatTemplate, Message
+from angelforge.runtime.depth import Depth
 from angelforge.runtime.detokenizer import TextStream
-from angelforge.runtime.engines import Engine, load_engine
+from angelforge.runtime.engines import DraftEngine, Engine, load_draft, load_engine
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.prompts import Prompt, encode_prompt
 from angelforge.runtime.request import Delta, Request, RequestOutput, Timings
 from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.stepper import Stepper
+from angelforge.runtime.tally import SpeculationReport
 from angelforge.runtime.tokenizer import Tokenizer
 
 _SCORE_ROWS = 256  # rows of logits computed at once by `score`: 161 MB with the largest vocabulary
@@ -39,20 +42,31 @@ class LLM:
         max_batch: int = 32,
         max_tokens_per_step: int = 1024,
         threads: int | None = None,
+        speculate: Depth = "auto",
     ) -> None:
         """Loads a bundle's engine for a target.
 
         The KV cache has `num_pages` pages or takes `kv_memory` bytes; by default what `max_batch` full contexts need,
         at most a quarter of the free memory. A step computes up to `max_tokens_per_step` tokens of up to `max_batch`
-        requests. `threads` is for CPUs; by default all cores. Raises AngelForgeError if anything is missing or does
-        not fit.
+        requests. `threads` is for CPUs; by default all cores. `speculate` is how many tokens the bundle's draft
+        proposes at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or
+        "auto", as many as each request's acceptance makes worth it (none without a draft). Raises AngelForgeError if
+        anything is missing or does not fit.
         """
         opened = Bundle.open(Path(bundle))
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
+        drafting = speculate != 0 and (speculate != "auto" or opened.manifest.draft is not None)
         engine = load_engine(
-            opened, target, num_pages=num_pages, kv_memory=kv_memory, max_batch=max_batch, threads=threads
+            opened,
+            target,
+            num_pages=num_pages,
+            kv_memory=kv_memory,
+            max_batch=max_batch,
+            threads=threads,
+            draft=drafting,
         )
-        self._start(engine, tokenizer, template, max_batch, max_tokens_per_step)
+        draft = load_draft(opened, target, engine, threads=threads) if drafting else None
+        self._start(engine, tokenizer, template, max_batch, max_tokens_per_step, draft, speculate)
 
     @classmethod
     def from_engine(
@@ -63,10 +77,12 @@ class LLM:
         *,
         max_batch: int = 32,
         max_tokens_per_step: int = 1024,
+        draft: DraftEngine | None = None,
+        speculate: Depth = "auto",
     ) -> LLM:
-        """Around an engine that is loaded already; `close` closes it."""
+        """Around an engine that is loaded already, with or without a draft beside it; `close` closes them."""
         llm = cls.__new__(cls)
-        llm._start(engine, tokenizer, template, max_batch, max_tokens_per_step)
+        llm._start(engine, tokenizer, template, max_batch, max_tokens_per_step, draft, speculate)
         return llm
 
     def _start(
@@ -76,14 +92,23 @@ class LLM:
         template: ChatTemplate | None,
         max_batch: int,
         max_tokens_per_step: int,
+        draft: DraftEngine | None,
+        speculate: Depth,
     ) -> None:
         self._engine: Engine | None = engine
+        self._draft = draft
         self.tokenizer = tokenizer
         self.template = template
         self.config = engine.config
         self.max_context = engine.max_context
         self._limits = Limits(engine.page_size, engine.num_pages, engine.max_context, max_batch, max_tokens_per_step)
-        self._stepper = Stepper(engine, self._limits)
+        self._speculator = None if draft is None else Speculator(draft, self._limits, speculate)
+        self._stepper = Stepper(engine, self._limits, self._speculator)
+
+    @property
+    def speculation(self) -> SpeculationReport | None:
+        """What the draft has done so far for all requests together, None without one."""
+        return None if self._speculator is None else self._speculator.total.report()
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -144,7 +169,10 @@ class LLM:
         return self._score(ids)
 
     def close(self) -> None:
-        """Frees the engine; closing twice is fine."""
+        """Frees the engines; closing twice is fine."""
+        if self._draft is not None:
+            self._draft.close()
+            self._draft = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None

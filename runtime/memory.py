@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.engines.footprint import kv_bytes_per_token
 from angelforge.errors import AngelForgeError, UsageError
@@ -15,14 +16,21 @@ _LARGEST_SLOT = 2**31 - 1  # a slot number is an int32
 
 
 def cpu_pages(
-    config: ModelConfig, page_size: int, max_context: int, max_batch: int, kv_memory: int | None = None
+    config: ModelConfig,
+    page_size: int,
+    max_context: int,
+    max_batch: int,
+    kv_memory: int | None = None,
+    draft: DraftConfig | None = None,
 ) -> int:
     """Pages of a pool in f32, page 0 included: what `max_batch` sequences of `max_context` need, within the memory.
 
-    The memory is `kv_memory` bytes, or a quarter of what is free. Raises UsageError if that many bytes hold no page,
-    AngelForgeError if the free memory does not.
+    The memory is `kv_memory` bytes, or a quarter of what is free; a `draft` has as many pages of its own in it. Raises
+    UsageError if that many bytes hold no page, AngelForgeError if the free memory does not.
     """
     page_bytes = kv_bytes_per_token(config, DType.F32) * page_size
+    if draft is not None:
+        page_bytes += 2 * draft.num_key_value_heads * draft.head_dim * DType.F32.itemsize * page_size
     budget = kv_memory if kv_memory is not None else free_memory() // _SHARE
     fitting = budget // page_bytes
     if fitting < 2:

@@ -14,6 +14,7 @@ from angelforge.runtime.batch import Int64
 from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.pages import Lease
 from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.tally import SpeculationReport, Tally
 
 #: stop: an end token or stop string came; length: max_tokens or the end of the context; error: `RequestOutput.error`.
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -41,6 +42,7 @@ class RequestOutput:
     finish_reason: FinishReason
     error: str | None  # a sentence for finish_reason "error", else None
     timings: Timings
+    speculation: SpeculationReport | None = None  # what a draft did for it, None where none was used
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -86,6 +88,8 @@ class Request:
         self.length = self.prompt_length
         self.computed = 0
         self.lease: Lease | None = None  # held while running
+        self.proposed: tuple[int, ...] = ()  # tokens that a draft expects next; the next step checks them
+        self.tally: Tally | None = None  # of speculation
         self.rng = np.random.default_rng(params.seed)
         self.outbox = outbox
         self.finished = False
@@ -136,5 +140,6 @@ class Request:
             finish_reason=reason,
             error=error,
             timings=Timings(self._first_token, time.perf_counter() - self._begin),
+            speculation=None if self.tally is None else self.tally.report(),
         )
         self.outbox.append(Delta(self.index, text, ids, result))

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from angelforge.runtime.batch import Float32, Int64
-from angelforge.runtime.sampling import SamplingParams, candidates
+from angelforge.runtime.sampling import Float64, SamplingParams, candidates
 
 
 class Drawing(Protocol):
@@ -38,11 +38,16 @@ def sample(logits: Float32, requests: Sequence[Drawing]) -> Int64:
     return ids
 
 
+def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
+    """One of `ids` [n] with probability proportional to `weights` [n]; one without weight is never drawn."""
+    sums = np.cumsum(weights)
+    # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded, and the search ends at a
+    # token with a probability above zero.
+    return int(ids[np.searchsorted(sums, rng.random() * sums[-1], side="right")])
+
+
 def _draw(logits: Float32, request: Drawing) -> int:
     ids, probabilities = candidates(logits, request.params, request.known)
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
-    sums = np.cumsum(probabilities)
-    # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded, and the search ends at a
-    # token with a probability above zero.
-    return int(ids[np.searchsorted(sums, request.rng.random() * sums[-1], side="right")])
+    return draw(ids, probabilities, request.rng)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from angelforge.errors import UsageError
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece
@@ -14,10 +16,11 @@ from angelforge.runtime.request import Request
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A request and its tokens in one step."""
+    """A request and its tokens in one step, the last of them those that a draft proposed."""
 
     request: Request
     piece: Piece
+    proposed: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -64,7 +67,7 @@ class Scheduler:
                 prompts.append(request)
             else:
                 step.append(self._take(request, 1))
-                budget -= 1
+                budget -= step[-1].piece.tokens.shape[0]
         for request in prompts:
             if budget == 0:
                 return step
@@ -80,17 +83,24 @@ class Scheduler:
             budget -= step[-1].piece.tokens.shape[0]
         return step
 
-    def advance(self, step: list[Scheduled]) -> list[Request]:
-        """Notes that a step was computed; returns the requests that now want a token, in the order of its logits."""
+    def advance(self, step: list[Scheduled]) -> list[Scheduled]:
+        """Notes that a step was computed, but for proposals; returns what wants a token, in the order of its logits."""
         for scheduled in step:
-            scheduled.request.computed += scheduled.piece.tokens.shape[0]
-        return [scheduled.request for scheduled in step if scheduled.piece.logits]
+            known = scheduled.piece.tokens.shape[0] - len(scheduled.proposed)
+            scheduled.request.computed += known
+        return [scheduled for scheduled in step if scheduled.piece.logits]
 
     def _take(self, request: Request, budget: int) -> Scheduled:
-        """Up to `budget` tokens of a running request, with pages to hold them."""
+        """Up to `budget` known tokens of a running request and what is proposed after them, with pages to hold them."""
         assert request.lease is not None
         begin = request.computed
         end = min(request.length, begin + budget)
-        request.lease.grow(self.limits.pages_for(end))
-        logits = int(end == request.length)
-        return Scheduled(request, Piece(request.tokens[begin:end], begin, request.lease.pages, logits))
+        tokens = request.tokens[begin:end]
+        if end < request.length:
+            request.lease.grow(self.limits.pages_for(end))
+            return Scheduled(request, Piece(tokens, begin, request.lease.pages, 0))
+        proposed = request.proposed
+        if proposed:
+            tokens = np.concatenate([tokens, np.array(proposed, np.int64)])
+        request.lease.grow(self.limits.pages_for(end + len(proposed)))
+        return Scheduled(request, Piece(tokens, begin, request.lease.pages, 1 + len(proposed)), proposed)

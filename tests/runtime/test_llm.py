@@ -271,4 +271,5 @@ def test_outputs_are_json():
     (output,) = load().generate([[5]], SamplingParams(max_tokens=2))
     saved = json.loads(json.dumps(output.to_dict()))
     assert saved["token_ids"] == list(output.token_ids)
-    assert set(saved) == {"text", "token_ids", "prompt_token_ids", "finish_reason", "error", "timings"}
+    names = {"text", "token_ids", "prompt_token_ids", "finish_reason", "error", "timings", "speculation"}
+    assert set(saved) == names

@@ -25,12 +25,14 @@ class PagedEngine:
         self.query, self.key, self.value = rng.standard_normal((3, WIDTH, WIDTH))
         self.head = rng.standard_normal((WIDTH, vocab_size)) * 2
         self.pool = np.full((num_pages, 2, page_size, WIDTH), np.nan)
+        self.last_batch = None
         self.batches = []  # the sizes (tokens, sequences) of all calls
         self.fail_with = None  # an error that the next call raises
         self.closed = False
 
     def forward(self, batch):
         batch.check(self.config.vocab_size, self.page_size, self.num_pages, self.max_context)
+        self.last_batch = batch
         self.batches.append((int(batch.num_tokens[0]), int((np.diff(batch.query_start) > 0).sum())))
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None

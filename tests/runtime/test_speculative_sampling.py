@@ -1,0 +1,140 @@
+"""Sampled speculation has the target's distribution under every sampling option: chi-square tests with fixed seeds."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.paged_engine import PagedEngine
+from support.stub_draft import StubDraft, noisy, perfect, wrong
+
+from angelforge import LLM, SamplingParams
+from angelforge.runtime.sampler import draw
+from angelforge.runtime.sampling import candidates, processed_distribution
+from angelforge.runtime.verification import Shares, judge
+
+OPTIONS = {
+    "temperature 1": SamplingParams(temperature=1.0),
+    "cold": SamplingParams(temperature=0.4),
+    "top-k": SamplingParams(temperature=1.2, top_k=3),
+    "top-p": SamplingParams(temperature=1.0, top_p=0.8),
+    "min-p": SamplingParams(temperature=1.5, min_p=0.2),
+    "penalty": SamplingParams(temperature=1.0, repetition_penalty=1.6),
+    "all": SamplingParams(temperature=0.9, top_k=5, top_p=0.95, min_p=0.02, repetition_penalty=1.2),
+}
+EVERY = pytest.mark.parametrize("params", OPTIONS.values(), ids=OPTIONS)
+
+
+def excess(counts, probabilities):
+    """Pearson's statistic in standard deviations above its mean; cells that are expected too rarely are put together.
+
+    An outcome that cannot happen is infinitely far off.
+    """
+    counts, expected = np.asarray(counts, float), np.asarray(probabilities) * np.sum(counts)
+    if counts[expected == 0].any():
+        return np.inf
+    rare = expected < 8
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(counts) - 1
+    if freedom == 0:
+        return 0.0
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
+
+
+VOCAB = 8
+HISTORY = np.array([1, 4, 4, 6])
+
+
+def one_token(params, draft_logits, rule=judge, count=20000):
+    """How often each token comes out of `rule` when the draft proposes by `draft_logits`; and the target's shares."""
+    rng = np.random.default_rng(7)
+    logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32) * 2
+    request = SimpleNamespace(params=params, known=HISTORY, rng=rng)
+    shares = Shares(*candidates(draft_logits, params, HISTORY))
+    counts = np.zeros(VOCAB)
+    for _ in range(count):
+        counts[rule(logits, request, draw(shares.ids, shares.probabilities, rng), shares)] += 1
+    return counts, processed_distribution(logits, params, HISTORY)
+
+
+def draft_logits(kind):
+    """The target's logits, others, and others of which half can never be proposed."""
+    target, other = (np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32) * 2 for seed in (1, 2))
+    return {"same": target, "other": other, "few": np.where(np.arange(VOCAB) % 2, other, np.float32(-60))}[kind]
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["same", "other", "few"])
+def test_one_token_has_the_targets_distribution(params, kind):
+    counts, wanted = one_token(params, draft_logits(kind), count=4000)
+    assert excess(counts, wanted) < 4
+
+
+def test_a_proposal_drawn_greedily_keeps_the_distribution():
+    """Without shares the whole probability of the proposal lies on it."""
+    params, counts = OPTIONS["temperature 1"], np.zeros(VOCAB)
+    logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32) * 2
+    request = SimpleNamespace(params=params, known=HISTORY, rng=np.random.default_rng(0))
+    for _ in range(6000):
+        counts[judge(logits, request, 3, None)] += 1
+    assert excess(counts, processed_distribution(logits, params, HISTORY)) < 4
+
+
+def test_wrong_rules_are_seen():
+    """The test finds the usual mistakes: to accept always, to draw anew from p, to compare unprocessed shares."""
+    params = OPTIONS["temperature 1"]
+
+    def always(logits, request, proposal, shares):
+        return proposal
+
+    def from_p_again(logits, request, proposal, shares):
+        ids, p = candidates(logits, request.params, request.known)
+        accepted = request.rng.random() * shares.of(np.array([proposal]))[0] < p[ids == proposal].sum()
+        return proposal if accepted else draw(ids, p, request.rng)
+
+    for rule in (always, from_p_again):
+        assert excess(*one_token(params, draft_logits("other"), rule, count=4000)) > 8
+    counts, _ = one_token(OPTIONS["top-k"], draft_logits("other"), count=4000)
+    _, unprocessed = one_token(params, draft_logits("other"), count=1)
+    assert excess(counts, unprocessed) > 8
+
+
+WORDS, LENGTH, PROMPT = 5, 3, (2, 0)
+
+
+def exact(params):
+    """Probability of every output of LENGTH tokens by the target alone."""
+    model = PagedEngine(4, 64, 32, WORDS)
+    model.head = model.head / 2  # flatter: more than one token is likely
+    found = {}
+    for output in itertools.product(range(WORDS), repeat=LENGTH):
+        known, probability = list(PROMPT), 1.0
+        for token in output:
+            logits = model.dense_logits(np.array(known))
+            probability *= processed_distribution(logits, params, np.array(known))[token]
+            known.append(token)
+        found[output] = probability
+    return found
+
+
+@pytest.mark.parametrize(("draft", "depth"), [(noisy, 2), (wrong, 3), (perfect, "auto")])
+@pytest.mark.parametrize("name", ["temperature 1", "all"])
+def test_whole_outputs_have_the_targets_distribution(draft, depth, name):
+    """Every output of three tokens comes as often as the target alone would give it, batches of 32, seeds 0 to 1499."""
+    engine = PagedEngine(4, 256, 32, WORDS)
+    engine.head = engine.head / 2
+    params = OPTIONS[name]
+    stub = StubDraft(engine, draft(engine), [0, 1, 3, 4])
+    llm = LLM.from_engine(engine, draft=stub, speculate=depth)
+    asked = [
+        SamplingParams(**{**vars(params), "max_tokens": LENGTH, "seed": seed, "ignore_eos": True})
+        for seed in range(1500)
+    ]
+    wanted = exact(params)
+    counts = dict.fromkeys(wanted, 0)
+    for output in llm.generate([list(PROMPT)] * len(asked), asked):
+        counts[output.token_ids] += 1
+    assert excess(list(counts.values()), list(wanted.values())) < 4
+    assert llm.speculation.rounds > 500
