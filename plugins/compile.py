@@ -15,6 +15,7 @@ import onnx_ir as ir
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.binding import Binding
@@ -30,6 +31,8 @@ TRITON_TYPES: dict[ir.DataType, str] = {
     ir.DataType.BOOL: "i1",
 }
 ALIGNMENT = 16  # bytes, of every pointer
+# What may be raised for a tile that a kernel or Triton cannot take; Triton's passes raise RuntimeError.
+COMPILE_ERRORS: tuple[type[Exception], ...] = (TritonError, RuntimeError, ValueError, AngelForgeError)
 
 # What is counted in PTX and in SASS, by a regular expression for each instruction.
 _PTX = {

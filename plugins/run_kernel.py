@@ -7,6 +7,7 @@ import torch
 
 from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
+from angelforge.plugins.tuning import tile_for
 
 Attributes = Mapping[str, int | float]
 
@@ -33,15 +34,16 @@ def run(
 ) -> tuple[torch.Tensor, ...]:
     """The operator's outputs, computed by its kernel; an aliased output is its input, changed in place.
 
-    The tile is `tile`, else the kernel's default for a profile of at most `profile_tokens` tokens (default: the T of
-    this call). Tensors on the CPU need a kernel imported with TRITON_INTERPRET=1.
+    The tile is `tile`, else that of the tuning table or of the kernel's rule for a profile of at most `profile_tokens`
+    tokens (default: the T of this call). Tensors on the CPU need a kernel imported with TRITON_INTERPRET=1.
 
     Raises:
         ValueError: inputs or attributes contradict the operator's definition.
     """
     binding = bind_tensors(kernel, inputs, attributes)
     if tile is None:
-        tile = kernel.tile(binding.dims, binding.dims.get("T", 1) if profile_tokens is None else profile_tokens)
+        tokens = binding.dims.get("T", 1) if profile_tokens is None else profile_tokens
+        tile = tile_for(kernel, binding.dims, gpu, tokens)
     outputs = allocate(kernel, inputs, binding)
     launch(kernel, inputs, outputs, binding, gpu, tile)
     return outputs

@@ -3,13 +3,14 @@
 import click
 
 from angelforge.tools.bench_headers import headers
+from angelforge.tools.bench_kernels import kernels
 from angelforge.tools.bench_pack import pack
 from angelforge.tools.bench_step import step
 
 
 @click.group()
 def bench() -> None:
-    """Measure packing, header checks and steps on this machine.
+    """Measure packing, header checks, steps and kernels on this machine.
 
     \b
     Example:
@@ -17,5 +18,5 @@ def bench() -> None:
     """
 
 
-for command in (pack, headers, step):
+for command in (pack, headers, step, kernels):
     bench.add_command(command)

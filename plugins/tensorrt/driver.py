@@ -22,16 +22,33 @@ def launch(plan: Launch, inputs: Sequence[int], outputs: Sequence[int], stream: 
     Raises:
         AngelForgeError: the driver refuses.
     """
-    if 0 in plan.grid:
-        return
-    compiled = plan.compiled
-    function = _function(_current_context(), compiled.cubin, compiled.entry, compiled.shared)
-    values = [
+    scratch = [ctypes.c_uint64(0) for _ in range(SCRATCH_PARAMETERS)]
+    _launch(plan, plan.compiled.cubin, [*_arguments(plan, inputs, outputs), *scratch], stream)
+
+
+def launch_ptx(plan: Launch, ptx: str, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
+    """Launches PTX of `plugin_ptx` as TensorRT's ahead-of-time plugins do: inputs, extras, outputs, nothing else.
+
+    Raises:
+        AngelForgeError: the driver refuses.
+    """
+    _launch(plan, ptx.encode(), _arguments(plan, inputs, outputs), stream)
+
+
+def _arguments(plan: Launch, inputs: Sequence[int], outputs: Sequence[int]) -> list[Any]:
+    return [
         *(ctypes.c_uint64(pointer) for pointer in inputs),
         *(ctypes.c_int32(extra) for extra in plan.extras),
         *(ctypes.c_uint64(pointer) for pointer in outputs),
-        *(ctypes.c_uint64(0) for _ in range(SCRATCH_PARAMETERS)),
     ]
+
+
+def _launch(plan: Launch, image: bytes, values: list[Any], stream: int) -> None:
+    """`image` is a cubin or PTX, with the plan's entry."""
+    if 0 in plan.grid:
+        return
+    compiled = plan.compiled
+    function = _function(_current_context(), image, compiled.entry, compiled.shared)
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     block = (compiled.warps * 32, 1, 1)
     check(
@@ -85,10 +102,10 @@ def _current_context() -> int:
 
 
 @cache
-def _function(context: int, cubin: bytes, entry: str, shared: int) -> ctypes.c_void_p:
+def _function(context: int, image: bytes, entry: str, shared: int) -> ctypes.c_void_p:
     """The loaded kernel; modules belong to a context and stay loaded."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    check("load a kernel", cuda_driver().cuModuleLoadData(ctypes.byref(module), cubin))
+    check("load a kernel", cuda_driver().cuModuleLoadData(ctypes.byref(module), image))
     check("find a kernel", cuda_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()))
     if shared > STATIC_SHARED:
         check("reserve shared memory", cuda_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))

@@ -12,12 +12,10 @@ from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.operator import Operator
 from angelforge.plugins.tensorrt.kernels import find_kernel
+from angelforge.plugins.tuning import tile_for, tile_step
 
 if TYPE_CHECKING:
     from angelforge.plugins.compile import Compiled
-
-# Numbers of tokens for which kernels have tiles of their own; see engines/profiles.py.
-TILE_STEPS = (8, 64, 256)
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,11 @@ def plan_launch(
     attributes: Mapping[str, int | float],
     most_tokens: int | None,
     gpu: Gpu,
+    tile: Tile | None = None,
 ) -> Launch:
     """How to launch `operator` on inputs of these shapes and types, in a profile of at most `most_tokens` tokens.
 
-    None is the smallest profile that takes the tokens of the shapes.
+    None is the smallest profile that takes the tokens of the shapes. `tile` stands before the tuning table's.
 
     Raises:
         AngelForgeError: the operator has no kernel, triton is missing, or no kernel serves these sizes and types.
@@ -47,7 +46,9 @@ def plan_launch(
     kernel = find_kernel(operator)
     try:
         binding = bind(operator, shapes, types, attributes)
-        tile = kernel.tile(binding.dims, tile_step(binding.dims["T"]) if most_tokens is None else most_tokens)
+        if tile is None:
+            tokens = tile_step(binding.dims["T"]) if most_tokens is None else most_tokens
+            tile = tile_for(kernel, binding.dims, gpu, tokens)
         constants = kernel.constants(binding.dims, binding.types, tile)
         grid = kernel.grid(binding.dims, gpu, tile)
     except ValueError as error:
@@ -62,11 +63,6 @@ def plan_launch(
         binding=binding,
     )
     return Launch(_compile(variant), grid, tuple(binding.dims[name] for name in kernel.extras))
-
-
-def tile_step(tokens: int) -> int:
-    """The smallest number of tokens at or above `tokens` for which kernels have a tile of their own."""
-    return next((step for step in TILE_STEPS if tokens <= step), tokens)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""`angelforge bench kernels`: the plugins' kernels on this machine's GPU, right and how fast."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from angelforge.errors import AngelForgeError, UsageError
+from angelforge.plugins.registry import OPERATORS
+
+if TYPE_CHECKING:
+    from angelforge.plugins.tensorrt.gpu import GpuFacts
+    from angelforge.tools.kernel_bench.measure import Machine
+    from angelforge.tools.kernel_bench.run import Deadline
+
+SECONDS = 420.0
+
+
+@click.command()
+@click.option("--operator", "operators", multiple=True, help="This operator only; may be given several times.")
+@click.option("--tune", is_flag=True, help="Try tiles near the default ones and write the best to --tuning.")
+@click.option("--tuning", type=click.Path(path_type=Path), default=Path("tuning.json"), show_default=True,
+              help="Where --tune writes; rows that the file has of other tiles stay.")  # fmt: skip
+@click.option("--seconds", default=SECONDS, show_default=True, help="After so long, what is left is skipped and named.")
+@click.option("--seed", default=1, show_default=True, help="Of the random inputs.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
+def kernels(
+    operators: tuple[str, ...], tune: bool, tuning: Path, seconds: float, seed: int, json_file: Path | None
+) -> None:
+    """Check every kernel against its definition and measure it at AntAngelMed's sizes. Needs a CUDA GPU.
+
+    Progress goes to standard error, the table to standard output; exit code 1 if any result is wrong.
+
+    \b
+    Example:
+      angelforge bench kernels --json kernels.json
+    """
+    unknown = [name for name in operators if name not in OPERATORS]
+    if unknown:
+        raise UsageError(f"There is no operator {unknown[0]!r}; there are {', '.join(OPERATORS)}.")
+    facts = _require()
+    from angelforge.tools.kernel_bench.run import Deadline, find_machine, run
+
+    deadline = Deadline(seconds)
+    machine = find_machine(facts)
+    if tune:
+        _tune(machine, operators, deadline, tuning)
+        return
+    report = run(machine, operators, deadline, seed, _say)
+    if json_file is not None:
+        from angelforge.atomic import write_atomic
+
+        write_atomic(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    click.echo(report.markdown())
+    if report.problems:
+        raise AngelForgeError(f"{len(report.problems)} results are wrong; they stand below the table.")
+
+
+def _tune(machine: Machine, operators: tuple[str, ...], deadline: Deadline, path: Path) -> None:
+    from angelforge.plugins.tuning import read_rows, write_rows
+    from angelforge.tools.kernel_bench.run import full_config
+    from angelforge.tools.kernel_bench.tuner import tasks, tune
+
+    before = {row.key(): row for row in (read_rows(path) if path.exists() else ())}
+    rows, left = tune(tasks(full_config(), operators), machine, deadline.over, _say)
+    merged = {**before, **{row.key(): row for row in rows}}
+    write_rows(path, merged.values(), "Measured by `angelforge bench kernels --tune`.")
+    _say(f"{path} has {len(merged)} rows, {len(rows)} of them new; no time was left for {len(left)} of the tasks.")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _require() -> GpuFacts:
+    """The GPU, when everything is there to use it.
+
+    Raises:
+        AngelForgeError: something is missing; the message says what.
+    """
+    from angelforge.plugins.tensorrt.gpu import find_gpu
+
+    facts = find_gpu()
+    if facts is None:
+        raise AngelForgeError(
+            "This machine has no NVIDIA GPU, or its driver does not work (see angelforge doctor), so there is nothing "
+            "to measure: run bench kernels on a machine with one, see docs/measurements/README.md."
+        )
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        raise AngelForgeError(
+            f"Measuring kernels needs {' and '.join(missing)}: pip install 'angelforge[torch,triton]'."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise AngelForgeError(f"torch {torch.__version__} cannot use the {facts.name}; install torch built for CUDA.")
+    return facts
