@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from angelforge.errors import UsageError
+from angelforge.runtime.depth import Depth
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
 from angelforge.tools.options import bundle_argument, json_option
 from angelforge.tools.output import print_json
 from angelforge.tools.run_chat import chat
 from angelforge.tools.run_text import print_outputs
+from angelforge.tools.speculation_text import describe, speculate_option
 from angelforge.tools.token_file import read_token_lists
+
+if TYPE_CHECKING:
+    from angelforge.runtime.llm import LLM
+    from angelforge.runtime.prompts import Prompt
 
 DEFAULT = SamplingParams()
 
@@ -38,6 +45,7 @@ DEFAULT = SamplingParams()
 @click.option("--stop", multiple=True, help="End the output before this text; may be given again.")
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--max-batch", default=32, show_default=True, help="Prompts that run at once.")
+@speculate_option
 @kv_memory_option
 @threads_option
 @json_option
@@ -52,6 +60,7 @@ def run(
     chatting: bool,
     system: str | None,
     max_batch: int,
+    speculate: Depth,
     kv_memory: int | None,
     threads: int | None,
     as_json: bool,
@@ -60,7 +69,8 @@ def run(
     """Generate text, or token ids where a bundle has no tokenizer.
 
     Text is printed as it comes; several prompts run together and are printed in their order. With --json the outputs
-    are printed as one list: text, token_ids, prompt_token_ids, finish_reason (stop, length or error), error, timings.
+    are printed as one list: text, token_ids, prompt_token_ids, finish_reason (stop, length or error), error, timings,
+    speculation. What a bundle's draft did in all goes to standard error.
 
     \b
     Example:
@@ -75,13 +85,23 @@ def run(
     if chatting and as_json:
         raise UsageError("--chat is for people and has no --json. Use --prompt or --tokens.")
     params = SamplingParams(**sampling)
-    inputs = list(prompts) if tokens is None else read_token_lists(tokens)
-    with LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads) as llm:
-        if chatting:
-            chat(llm, params, system)
-        elif as_json:
-            outputs = llm.generate(inputs, params)
-            print_json([output.to_dict() for output in outputs])
-            ctx.exit(int(any(output.error is not None for output in outputs)))
-        else:
-            ctx.exit(int(not print_outputs(llm, llm.stream(inputs, params), len(inputs))))
+    inputs: Sequence[Prompt] = list(prompts) if tokens is None else read_token_lists(tokens)
+    with LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads, speculate=speculate) as llm:
+        ok = _run(llm, inputs, params, chatting, system, as_json)
+        if llm.speculation is not None:
+            click.echo(describe(llm.speculation), err=True)
+    ctx.exit(int(not ok))
+
+
+def _run(
+    llm: LLM, inputs: Sequence[Prompt], params: SamplingParams, chatting: bool, system: str | None, as_json: bool
+) -> bool:
+    """Runs what was asked for and prints it; whether all went well."""
+    if chatting:
+        chat(llm, params, system)
+        return True
+    if as_json:
+        outputs = llm.generate(inputs, params)
+        print_json([output.to_dict() for output in outputs])
+        return all(output.error is None for output in outputs)
+    return print_outputs(llm, llm.stream(inputs, params), len(inputs))
