@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
+from angelforge.engines.kernel_checks import check_kernels
 from angelforge.engines.limits import BuildOptions, choose_limits, plan_build
 from angelforge.engines.network import prepare_network
 from angelforge.engines.plan_types import Plan
 from angelforge.engines.profiles import Profile, make_profiles
 from angelforge.engines.shapes import check_volumes
 from angelforge.errors import UsageError
+from angelforge.plugins.kernel import Gpu
 from angelforge.targets import Target
 
 
@@ -41,7 +43,8 @@ def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fi
     """Graphs and profiles of a build.
 
     Raises:
-        AngelForgeError: the model must fit and does not, or a graph is not one that TensorRT can take.
+        AngelForgeError: the model must fit and does not, a graph is not one that TensorRT can take, or no kernel
+            serves its sizes or types.
         UsageError: options that contradict each other.
     """
     planned = plan_build(bundle, target, options)
@@ -53,6 +56,8 @@ def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fi
     profiles = make_profiles(limits)
     for graph in graphs:
         check_volumes(graph.model, {symbol: sizes.most for symbol, sizes in profiles[-1].symbols().items()})
+        if target.sms is not None:
+            check_kernels(graph.model, profiles, Gpu(target.architecture, target.sms))
     return Prepared(graphs, profiles, planned)
 
 

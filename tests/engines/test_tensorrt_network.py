@@ -8,13 +8,16 @@ import pytest
 from support.tensorrt import graph_bundle, rtx
 
 from angelforge.bundle import Bundle
+from angelforge.engines.limits import BuildOptions
 from angelforge.engines.network import prepare_network
+from angelforge.engines.preparation import prepare_build
 from angelforge.engines.shapes import check_volumes, concrete_shapes
 from angelforge.engines.tensorrt_parse import parse_network
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.adapter import register
 from angelforge.precision import Precision
+from angelforge.targets import get_target
 
 SIZES = {"T": 7, "B": 3, "B+1": 4, "P": 8, "R": 2, "pages": 20}
 
@@ -158,3 +161,12 @@ def test_other_operators_version_is_named(bundle: Bundle) -> None:
     model.graph.opset_imports["angelforge"] = 9
     with pytest.raises(AngelForgeError, match=r"operators are of version 9, this needs version 1"):
         prepare_network(model)
+
+
+def test_sizes_that_no_kernel_serves_are_refused_by_name(tmp_path: Path) -> None:
+    """Before TensorRT starts: layer, operator, and what its kernel cannot do."""
+    pytest.importorskip("triton")
+    bundle = graph_bundle(tmp_path, Precision.FP32)
+    message = r"serves the layer model/layers.0/\S+ \(Linear\) in profile decode-8: .*f32 bundles run on the CPU target"
+    with pytest.raises(AngelForgeError, match=message):
+        prepare_build(bundle, get_target("h20"), BuildOptions())
