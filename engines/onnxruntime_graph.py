@@ -17,9 +17,14 @@ from packaging.version import Version
 
 from angelforge.errors import AngelForgeError
 
-# ONNX Runtime's exceptions share no base class of their own.
-ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
-    kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+# ONNX Runtime's exceptions share no base class of their own; what fails in a run with bound inputs is a RuntimeError.
+ONNXRUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(
+        kind
+        for kind in vars(onnxruntime_pybind11_state).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
 )
 
 

@@ -29,12 +29,13 @@ def rotate(
     rotary_dim: AttributeRef,
 ) -> ir.Value:
     """x [T, heads, D] with NeoX rotary embedding on the first `rotary_dim` dims (Su et al. 2021, arXiv 2104.09864)."""
-    packed = op.Unsqueeze(op.Flatten(x, axis=1), [0])  # [1, T, heads·D]
+    # T sequences of one token each: ONNX Runtime refuses a sequence that is longer than the tables.
+    packed = op.Unsqueeze(op.Flatten(x, axis=1), [1])  # [T, 1, heads·D]
     turned = op.RotaryEmbedding(
         packed,
         cos,
         sin,
-        op.Unsqueeze(i64(op, positions), [0]),
+        op.Unsqueeze(i64(op, positions), [1]),
         num_heads=heads.as_("num_heads"),
         rotary_embedding_dim=rotary_dim.as_("rotary_embedding_dim"),
     )

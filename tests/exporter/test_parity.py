@@ -76,6 +76,15 @@ def test_decodes_and_prompts_mix_in_one_call(model: tuple[Reference, OnnxRuntime
     assert relative_error(prompt, reference.logits(new)) < TOLERANCE
 
 
+def test_a_call_may_pack_more_tokens_than_a_sequence_has_positions(tmp_path: Path) -> None:
+    checkpoint, bundle = make_bundle(tmp_path, options=ExportOptions(precision=Precision.FP32, max_context=48))
+    engine = OnnxRuntimeEngine(bundle, 4)
+    prompts = [tokens(48, 1), tokens(40, 2), tokens(17, 3)]
+    for found, ids in zip(Sequences(engine, [[1], [2], [3]]).call(prompts), prompts, strict=True):
+        assert relative_error(found, load_reference(checkpoint).logits(ids)) < TOLERANCE
+    engine.close()
+
+
 def test_permuted_pages_change_nothing(model: tuple[Reference, OnnxRuntimeEngine]) -> None:
     _, engine = model
     ids = tokens(200, 4)
