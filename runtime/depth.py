@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Literal
 
 from angelforge.errors import UsageError
@@ -31,35 +29,35 @@ def check_depth(depth: object, most: int, limited_by: str) -> Depth:
     )
 
 
-@dataclass
 class Acceptance:
-    """The running mean of how often the target lets a request's proposals pass, and the depth that follows from it.
+    """How often the target lets a request's proposals pass, by their place, and the depth that follows from it.
 
     It depends on the request's own tokens alone, so that what else runs changes nothing.
     """
 
-    depth: Depth
-    most: int  # proposals that the engine takes at a time
-    mean: float = _FIRST_GUESS
+    def __init__(self, depth: Depth, most: int) -> None:
+        """`most` proposals are what the engine takes at a time."""
+        self._depth = depth
+        # Running means of the checks at each place, which come about only where the places before have passed.
+        self._passing = [_FIRST_GUESS] * most
 
-    def add(self, passed: bool) -> None:
-        """One proposal was checked."""
-        self.mean += _NEWEST * (passed - self.mean)
+    def add(self, place: int, passed: bool) -> None:
+        """The proposal at `place` (from 0) was checked."""
+        self._passing[place] += _NEWEST * (passed - self._passing[place])
 
     @property
     def hopeless(self) -> bool:
         """Whether not even trying is worth it."""
-        return self.depth == "auto" and self.mean < _HOPELESS
+        return self._depth == "auto" and len(self._passing) > 0 and self._passing[0] < _HOPELESS
 
     def next_depth(self, length: int) -> int:
-        """Proposals for a request that has `length` tokens.
-
-        The k-th proposal comes out with the probability mean^k: the depth is the largest k for which that is `WORTH`.
-        """
-        if self.depth != "auto":
-            return self.depth
-        if self.mean <= WORTH:
-            return int(length % _PAUSE == 0 and self.most > 0)
-        if self.mean >= 1.0:
-            return self.most
-        return min(self.most, int(math.log(WORTH) / math.log(self.mean)))
+        """Proposals for a request that has `length` tokens: as many as come out with a chance of at least `WORTH`."""
+        if self._depth != "auto":
+            return self._depth
+        chance, depth = 1.0, 0
+        for passing in self._passing:
+            chance *= passing
+            if chance < WORTH:
+                break
+            depth += 1
+        return depth or int(length % _PAUSE == 0 and len(self._passing) > 0)

@@ -74,7 +74,7 @@ class Speculator:
     def judged(self, request: Request, place: int, passed: bool) -> None:
         """Notes that a request's proposal at `place` of its chain passed or did not."""
         drafted = self._drafted[request]
-        drafted.acceptance.add(passed)
+        drafted.acceptance.add(place, passed)
         if passed:
             drafted.tally.add_accepted(place)
             self.total.add_accepted(place)
