@@ -22,7 +22,7 @@ from angelforge.engines.manifest import (
 from angelforge.engines.preparation import Prepared, PreparedGraph, prepare_build
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
 from angelforge.engines.tensorrt_layers import read_activation_bytes
-from angelforge.engines.tensorrt_progress import Report
+from angelforge.engines.tensorrt_progress import Report, part
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
@@ -62,17 +62,12 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
         made, done = [], 0.0
         for graph in prepared.graphs:
             share = _DRAFT_SHARE if graph.role == "draft" else 1.0 - done
-            made.append(_build(job, graph, _part(report, done, share)))
+            made.append(_build(job, graph, part(report, done, share)))
             done += share
         for manifest, graph in zip(made, prepared.graphs, strict=True):
             write_atomic(job.folder / MANIFESTS[graph.role], manifest.to_json())
         _remove_older_engines(job.folder, {manifest.engine for manifest in made})
     return made[-1]
-
-
-def _part(report: Report, begin: float, width: float) -> Report:
-    """A report of a part of the work, from share `begin` on."""
-    return lambda phase, share: report(phase, begin + width * share)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,50 @@
-"""Asks every kernel of a graph whether it serves the sizes and types it is to be launched with.
+"""Asks every kernel of a graph whether it serves the sizes and types it is to be launched with, and compiles them.
 
 TensorRT would ask only while it builds, inside a callback whose exceptions it does not understand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import onnx_ir as ir
 
 from angelforge.engines.profiles import Profile
-from angelforge.engines.shapes import concrete_shapes
+from angelforge.engines.shapes import Shape, concrete_shapes
+from angelforge.engines.tensorrt_progress import Report
 from angelforge.errors import AngelForgeError
-from angelforge.plugins.binding import bind
+from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu
-from angelforge.plugins.operator import DOMAIN
+from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
+from angelforge.plugins.tensorrt.launches import plan_launch
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A node in a profile, at the most sizes of the profile; calls that are equal are launched alike."""
+
+    node: str
+    profile: str
+    operator: Operator
+    shapes: tuple[Shape, ...]
+    types: tuple[ir.DataType, ...]
+    attributes: Mapping[str, int | float]
+
+    def bind(self) -> Binding:
+        """Symbols and types of the call."""
+        return bind(self.operator, self.shapes, self.types, self.attributes)
+
+    def refused(self, error: Exception) -> AngelForgeError:
+        """The message when its kernel does not serve it."""
+        return AngelForgeError(
+            f"No kernel serves the layer {self.node} ({self.operator.name}) in profile {self.profile}: {error}."
+        )
 
 
 def check_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu) -> None:
-    """Evaluates the launch rules of a prepared graph's kernels, without compiling, at the ends of every profile.
+    """Evaluates the launch rules of a prepared graph's kernels in every profile, without compiling.
 
     Without triton nothing can be asked, and nothing is.
 
@@ -28,26 +53,47 @@ def check_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu) -> Non
     """
     if find_spec("triton") is None:
         return
-    asked = set()
+    for call in _calls(model, profiles):
+        kernel = find_kernel(call.operator)
+        try:
+            binding = call.bind()
+            tile = kernel.tile(binding.dims, binding.dims["T"])
+            kernel.constants(binding.dims, binding.types, tile)
+            kernel.grid(binding.dims, gpu, tile)
+        except ValueError as error:
+            raise call.refused(error) from error
+
+
+def compile_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu, report: Report) -> None:
+    """Compiles all kernels of a prepared graph; the process keeps them for the plugins that ask for them.
+
+    Raises:
+        AngelForgeError: naming the layer whose kernel cannot be compiled, or triton is not installed.
+    """
+    calls = list(_calls(model, profiles))
+    for i, call in enumerate(calls):
+        report("Compiling kernels", i / len(calls))
+        plan_launch(call.operator, call.shapes, call.types, call.attributes, call.bind().dims["T"], gpu)
+    report("Compiling kernels", 1.0)
+
+
+def _calls(model: ir.Model, profiles: Sequence[Profile]) -> Iterator[_Call]:
+    seen = set()
     for profile in profiles:
         shapes = concrete_shapes(model, {symbol: sizes.most for symbol, sizes in profile.symbols().items()})
         for node in model.graph:
             if node.domain != DOMAIN or kernel_digest(OPERATORS[node.op_type]) == "none":
                 continue
             operator, inputs = OPERATORS[node.op_type], [value for value in node.inputs if value is not None]
-            attributes = {a.name: a.kind(node.attributes[a.name].value) for a in operator.attributes}
-            types = [value.dtype for value in inputs if value.dtype is not None]
-            key = (operator.name, tuple(shapes[v] for v in inputs), tuple(types), tuple(attributes.items()))
-            if key in asked:
-                continue
-            asked.add(key)
-            kernel = find_kernel(operator)
-            try:
-                binding = bind(operator, [shapes[value] for value in inputs], types, attributes)
-                tile = kernel.tile(binding.dims, binding.dims["T"])
-                kernel.constants(binding.dims, binding.types, tile)
-                kernel.grid(binding.dims, gpu, tile)
-            except ValueError as error:
-                raise AngelForgeError(
-                    f"No kernel serves the layer {node.name} ({operator.name}) in profile {profile.name}: {error}."
-                ) from error
+            call = _Call(
+                node=node.name or "",
+                profile=profile.name,
+                operator=operator,
+                shapes=tuple(shapes[value] for value in inputs),
+                types=tuple(value.dtype for value in inputs if value.dtype is not None),
+                attributes={a.name: a.kind(node.attributes[a.name].value) for a in operator.attributes},
+            )
+            key = (operator.name, call.shapes, call.types, tuple(call.attributes.items()))
+            if key not in seen:
+                seen.add(key)
+                yield call

@@ -11,11 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from angelforge.atomic import write_atomic
+from angelforge.engines.kernel_checks import compile_kernels
 from angelforge.engines.profiles import Profile
 from angelforge.engines.tensorrt_errors import describe_nodes, explain_build_errors
 from angelforge.engines.tensorrt_log import recording
 from angelforge.engines.tensorrt_parse import ParsedNetwork, parse_network
-from angelforge.engines.tensorrt_progress import Report, make_monitor
+from angelforge.engines.tensorrt_progress import Report, make_monitor, part
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.operator import DOMAIN
@@ -25,6 +26,7 @@ from angelforge.plugins.tensorrt.aot import register_ahead_of_time
 from angelforge.plugins.tensorrt.library import Library
 
 _POLL = 0.1  # seconds between looks at Ctrl-C
+_COMPILING = 0.3  # share of the time of a build that compiles kernels first
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ def build_engine(model: ir.Model, request: EngineRequest, log_file: Path, report
         KeyboardInterrupt: Ctrl-C; TensorRT has ended its work by then.
     """
     flags = _register_plugins(model, request)
+    if request.ahead_of_time is not None:
+        compile_kernels(model, request.profiles, request.ahead_of_time, part(report, 0.0, _COMPILING))
+        report = part(report, _COMPILING, 1 - _COMPILING)
     with recording(request.library, log_file) as log:
         parsed = parse_network(request.library, model, flags)
         cancel = Event()

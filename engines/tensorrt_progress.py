@@ -14,6 +14,11 @@ MAIN_PHASE = "Computing profile costs"
 Report = Callable[[str, float], None]
 
 
+def part(report: Report, begin: float, width: float) -> Report:
+    """A report of a part of the work, which begins at the share `begin` and is `width` of it."""
+    return lambda phase, share: report(phase, begin + width * share)
+
+
 @dataclass
 class _Phase:
     """A phase of the builder that is under way."""

@@ -8,12 +8,14 @@ import pytest
 from support.tensorrt import graph_bundle, rtx
 
 from angelforge.bundle import Bundle
+from angelforge.engines import kernel_checks
 from angelforge.engines.limits import BuildOptions
 from angelforge.engines.network import prepare_network
 from angelforge.engines.preparation import prepare_build
 from angelforge.engines.shapes import check_volumes, concrete_shapes
 from angelforge.engines.tensorrt_parse import parse_network
 from angelforge.errors import AngelForgeError
+from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.adapter import register
 from angelforge.precision import Precision
@@ -170,3 +172,22 @@ def test_sizes_that_no_kernel_serves_are_refused_by_name(tmp_path: Path) -> None
     message = r"serves the layer model/layers.0/\S+ \(Linear\) in profile decode-8: .*f32 bundles run on the CPU target"
     with pytest.raises(AngelForgeError, match=message):
         prepare_build(bundle, get_target("h20"), BuildOptions())
+
+
+def test_kernels_are_compiled_before_tensorrt_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every different call of every profile once, with the most tokens of the profile that the operator sees."""
+    pytest.importorskip("triton")
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        kernel_checks, "plan_launch", lambda operator, *rest: asked.append((operator.name, rest[3])), raising=True
+    )
+    prepared = prepare_build(graph_bundle(tmp_path), get_target("h20"), BuildOptions(max_tokens=512, max_batch=4))
+    shares: list[float] = []
+    kernel_checks.compile_kernels(
+        prepared.target.model, prepared.profiles, Gpu("sm_90", 78), lambda phase, share: shares.append(share)
+    )
+    assert {tokens for name, tokens in asked if name == "GateUp"} == {8, 64, 256, 512}
+    assert {tokens for name, tokens in asked if name == "Norm"} == {8, 64, 256, 512}
+    assert sum(name == "MoEDown" for name, _ in asked) == 4  # all layers are alike
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert shares == sorted(shares)
