@@ -179,7 +179,7 @@ def test_no_path_of_one_machine() -> None:
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
-    """What setuptools would install is every source file in its place, the marker of typed packages and the tuning table."""
+    """What setuptools would install is every source file in its place, the types' marker and the tuning table."""
     code = "from setuptools import setup; setup()"
     arguments = ["-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, check=False)
