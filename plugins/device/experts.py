@@ -43,50 +43,70 @@ def _words_of(expert_tokens, expert, word, tokens):
 
 
 @triton.jit
-def tile_ends(expert_tokens, tokens, experts: tl.constexpr, m: tl.constexpr, at_once: tl.constexpr):
-    """int32 [experts, padded]: tiles of all experts up to and including each. `at_once` words are read in one step."""
+def tile_ends(expert_tokens, tokens, experts: tl.constexpr, m: tl.constexpr, count: tl.constexpr):
+    """int32 [experts, padded]: tiles of all experts up to and including each. `count` words are read in one step."""
     padded: tl.constexpr = triton.next_power_of_2(experts)
     expert = tl.minimum(tl.arange(0, padded), experts - 1)
-    count = tl.zeros((padded,), tl.int32)
-    for start in range(0, (tokens + 31) // 32, at_once):
-        word = start + tl.arange(0, at_once)
-        count += tl.sum(_popcount(_words_of(expert_tokens, expert[:, None], word[None, :], tokens)), 1)
-    count = tl.where(tl.arange(0, padded) < experts, count, 0)
-    return tl.cumsum((count + m - 1) // m, 0)
+    rows = tl.zeros((padded,), tl.int32)
+    for start in range(0, (tokens + 31) // 32, count):
+        word = start + tl.arange(0, count)
+        rows += tl.sum(_popcount(_words_of(expert_tokens, expert[:, None], word[None, :], tokens)), 1)
+    rows = tl.where(tl.arange(0, padded) < experts, rows, 0)
+    return tl.cumsum((rows + m - 1) // m, 0)
 
 
 @triton.jit
-def tile_of_work(ends, work, columns: tl.constexpr):
-    """(expert, tile of its rows, column) of a piece of work; an expert's work goes column by column.
+def pieces_of_work(ends, columns: tl.constexpr, span: tl.constexpr):
+    """How many pieces of work there are: every tile of rows times its `columns`, `span` at a time."""
+    return tl.max(ends) * ((columns + span - 1) // span)
 
-    So programs that run at the same time share weights.
+
+@triton.jit
+def piece_of_work(
+    ends,
+    work,
+    expert_ids,
+    expert_tokens,
+    tokens,
+    per_token: tl.constexpr,
+    columns: tl.constexpr,
+    m: tl.constexpr,
+    span: tl.constexpr,
+    reach: tl.constexpr,
+):
+    """Piece number `work`: (expert int64, first column, column behind the last, token [m] int64, entry [m] int32).
+
+    Behind an expert's last row the token is 0 and the entry −1. An expert's tiles of rows follow each other, then come
+    its next columns: so programs that run at the same time share weights.
     """
-    before = ends * columns <= work
+    pieces: tl.constexpr = (columns + span - 1) // span
+    before = ends * pieces <= work
     expert = tl.sum(before.to(tl.int32))
     first = tl.max(tl.where(before, ends, 0))
-    within = work - first * columns
+    within = work - first * pieces
     tiles = tl.maximum(tl.min(tl.where(before, 0x7FFFFFFF, ends)) - first, 1)
-    return expert, within % tiles, within // tiles
+    token = tokens_of_tile(expert_tokens, expert, within % tiles, tokens, m, reach)
+    entry = entry_of(expert_ids, token, expert, per_token)
+    begin = within // tiles * span
+    return expert.to(tl.int64), begin, tl.minimum(begin + span, columns), tl.maximum(token, 0).to(tl.int64), entry
 
 
 @triton.jit
-def tokens_of_tile(expert_tokens, expert, tile, tokens, m: tl.constexpr, at_once: tl.constexpr):
-    """int32 [m]: the tokens of an expert's tile; −1 behind its last."""
+def tokens_of_tile(expert_tokens, expert, tile, tokens, m: tl.constexpr, reach: tl.constexpr):
+    """int32 [m]: the tokens of an expert's tile; −1 behind its last. `reach` words are looked through in one step."""
     row = tile * m + tl.arange(0, m)
     token = tl.full((m,), -1, tl.int32)
     passed = 0
-    for start in range(0, (tokens + 31) // 32, at_once):
-        place = tl.arange(0, at_once)
-        word = _words_of(expert_tokens, expert, start + place, tokens)
-        count = _popcount(word)
+    for start in range(0, (tokens + 31) // 32, reach):
+        count = _popcount(_words_of(expert_tokens, expert, start + tl.arange(0, reach), tokens))
         upto = tl.cumsum(count, 0)
         local = row - passed
-        earlier = upto[None, :] <= local[:, None]  # [m, at_once]
-        which = tl.sum(earlier.to(tl.int32), 1)
-        skipped = tl.max(tl.where(earlier, upto[None, :], 0), 1)
-        own = tl.sum(tl.where(place[None, :] == which[:, None], word[None, :], 0), 1).to(tl.uint32)
-        inside = (local >= 0) & (which < at_once)
-        found = (start + which) * 32 + _place_of_bit(own, tl.maximum(local - skipped, 0))
+        earlier = upto[:, None] <= local[None, :]  # [reach, m]: neighbouring threads have neighbouring rows
+        which = tl.sum(earlier.to(tl.int32), 0)
+        skipped = tl.max(tl.where(earlier, upto[:, None], 0), 0)
+        inside = (local >= 0) & (which < reach)
+        word = _words_of(expert_tokens, expert, start + tl.where(inside, which, 0), tokens)
+        found = (start + which) * 32 + _place_of_bit(word, tl.maximum(local - skipped, 0))
         token = tl.where(inside, found, token)
         passed += tl.sum(count)
     return token
@@ -94,13 +114,13 @@ def tokens_of_tile(expert_tokens, expert, tile, tokens, m: tl.constexpr, at_once
 
 @triton.jit
 def entry_of(expert_ids, token, expert, per_token: tl.constexpr):
-    """int64: the first entry t · per_token + j of each token t that names the expert; −1 if none does."""
+    """int32: the first entry t · per_token + j of each token t that names the expert; −1 if none does."""
     padded: tl.constexpr = triton.next_power_of_2(per_token)
     j = tl.arange(0, padded)
     entry = token.to(tl.int64)[:, None] * per_token + j[None, :]
     named = tl.load(expert_ids + entry, mask=(token >= 0)[:, None] & (j < per_token)[None, :], other=-1)
     first = tl.min(tl.where(named == expert, j[None, :], padded), 1)
-    return tl.where(first < padded, token.to(tl.int64) * per_token + first, -1)
+    return tl.where(first < padded, token * per_token + first, -1)
 
 
 @triton.jit

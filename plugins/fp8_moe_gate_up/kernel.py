@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from angelforge.plugins.device.expert_launch import expert_constants, expert_grid
-from angelforge.plugins.device.experts import entry_of, fill_unowned, tile_ends, tile_of_work, tokens_of_tile
+from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
 from angelforge.plugins.device.fp8 import fp8_gate_up
 from angelforge.plugins.device.fp8_wide import fp8_gate_up_wide
 from angelforge.plugins.device.numbers import group_scale
@@ -35,27 +35,29 @@ def _fp8_moe_gate_up(
     m: tl.constexpr,
     n: tl.constexpr,
     k: tl.constexpr,
-    at_once: tl.constexpr,
+    span: tl.constexpr,
+    count: tl.constexpr,
+    reach: tl.constexpr,
     fill: tl.constexpr,
 ):
     columns: tl.constexpr = (channels + n - 1) // n
     blocks: tl.constexpr = columns * ((depth + 127) // 128)
-    ends = tile_ends(expert_tokens, tokens, experts, m, at_once)
-    for work in range(tl.program_id(0), tl.max(ends) * columns, tl.num_programs(0)):
-        expert, tile, column = tile_of_work(ends, work, columns)
-        token = tokens_of_tile(expert_tokens, expert, tile, tokens, m, at_once)
-        entry = entry_of(expert_ids, token, expert, per_token)
-        row, first, valid = tl.maximum(token, 0).to(tl.int64), column * n, entry >= 0
-        weights, scales = expert.to(tl.int64) * (channels * depth), expert.to(tl.int64) * blocks
+    ends = tile_ends(expert_tokens, tokens, experts, m, count)
+    for work in range(tl.program_id(0), pieces_of_work(ends, columns, span), tl.num_programs(0)):
+        expert, begin, end, token, entry = piece_of_work(
+            ends, work, expert_ids, expert_tokens, tokens, per_token, columns, m, span, reach
+        )
+        weights, scales = expert * (channels * depth), expert * blocks
+        target, valid = entry.to(tl.int64), entry >= 0
         gate_e, gate_s, up_e, up_s = gate + weights, gate_scale + scales, up + weights, up_scale + scales
         if m < 64:
             fp8_gate_up(
-                x, x_scale, row, gate_e, gate_s, up_e, up_s, first, tokens, inner, inner_scale, entry, valid,
+                x, x_scale, token, gate_e, gate_s, up_e, up_s, begin * n, tokens, inner, inner_scale, target, valid,
                 channels, depth, m, k,
             )  # fmt: skip
         else:
             fp8_gate_up_wide(
-                x, x_scale, row, gate_e, gate_s, up_e, up_s, first, tokens, inner, inner_scale, entry, valid,
+                x, x_scale, token, gate_e, gate_s, up_e, up_s, begin, end, tokens, inner, inner_scale, target, valid,
                 channels, depth, m,
             )  # fmt: skip
     zero, least = tl.zeros((1, 1), tl.float8e4nv), group_scale(tl.zeros((1, 1), tl.float32))
@@ -73,7 +75,7 @@ KERNEL = Kernel(
     operator=FP8_MOE_GATE_UP,
     function=_fp8_moe_gate_up,
     extras=("T",),
-    constants=lambda dims, types, tile: expert_constants(dims, tile, dims["I"], dims["H"]),
+    constants=lambda dims, types, tile: expert_constants(dims, tile, dims["I"], dims["H"], span=4),
     grid=expert_grid,
     tile=_tile,
 )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from angelforge.plugins.device.expert_launch import expert_constants, expert_grid
-from angelforge.plugins.device.experts import entry_of, fill_unowned, tile_ends, tile_of_work, tokens_of_tile
+from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
 from angelforge.plugins.device.launch import require_bf16
 from angelforge.plugins.device.matmul import matmul
 from angelforge.plugins.kernel import Kernel, Tile
@@ -30,21 +30,23 @@ def _moe_down(
     m: tl.constexpr,
     n: tl.constexpr,
     k: tl.constexpr,
-    at_once: tl.constexpr,
+    span: tl.constexpr,
+    count: tl.constexpr,
+    reach: tl.constexpr,
     fill: tl.constexpr,
 ):
     columns: tl.constexpr = (channels + n - 1) // n
-    ends = tile_ends(expert_tokens, tokens, experts, m, at_once)
-    for work in range(tl.program_id(0), tl.max(ends) * columns, tl.num_programs(0)):
-        expert, tile, column = tile_of_work(ends, work, columns)
-        token = tokens_of_tile(expert_tokens, expert, tile, tokens, m, at_once)
-        entry = entry_of(expert_ids, token, expert, per_token)
-        weights = down + expert.to(tl.int64) * (channels * depth)
+    ends = tile_ends(expert_tokens, tokens, experts, m, count)
+    for work in range(tl.program_id(0), pieces_of_work(ends, columns, span), tl.num_programs(0)):
+        expert, column, _end, _token, entry = piece_of_work(
+            ends, work, expert_ids, expert_tokens, tokens, per_token, columns, m, span, reach
+        )
+        weights, row = down + expert * (channels * depth), tl.maximum(entry, 0).to(tl.int64)
         first = column * n
-        value = matmul(inner, tl.maximum(entry, 0), weights, first, tokens, channels, depth, m, n, k)
+        value = matmul(inner, row, weights, first, tokens, channels, depth, m, n, k)
         channel = first + tl.arange(0, n)
         mask = (entry >= 0)[:, None] & (channel < channels)[None, :]
-        target = expert_out + entry[:, None] * channels + channel[None, :]
+        target = expert_out + entry.to(tl.int64)[:, None] * channels + channel[None, :]
         tl.store(target, value.to(expert_out.dtype.element_ty), mask)
     zero = tl.zeros((1, 1), expert_out.dtype.element_ty)
     fill_unowned(expert_out, zero, expert_ids, expert_tokens, tokens, experts, per_token, channels, fill)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from angelforge.plugins.device.expert_launch import expert_constants, expert_grid
-from angelforge.plugins.device.experts import entry_of, fill_unowned, tile_ends, tile_of_work, tokens_of_tile
+from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
 from angelforge.plugins.device.launch import require_bf16
 from angelforge.plugins.device.matmul import gate_up
 from angelforge.plugins.kernel import Kernel, Tile
@@ -31,21 +31,23 @@ def _moe_gate_up(
     m: tl.constexpr,
     n: tl.constexpr,
     k: tl.constexpr,
-    at_once: tl.constexpr,
+    span: tl.constexpr,
+    count: tl.constexpr,
+    reach: tl.constexpr,
     fill: tl.constexpr,
 ):
     columns: tl.constexpr = (channels + n - 1) // n
-    ends = tile_ends(expert_tokens, tokens, experts, m, at_once)
-    for work in range(tl.program_id(0), tl.max(ends) * columns, tl.num_programs(0)):
-        expert, tile, column = tile_of_work(ends, work, columns)
-        token = tokens_of_tile(expert_tokens, expert, tile, tokens, m, at_once)
-        entry = entry_of(expert_ids, token, expert, per_token)
-        weights = expert.to(tl.int64) * (channels * depth)
-        row, first = tl.maximum(token, 0).to(tl.int64), column * n
-        value = gate_up(x, row, gate + weights, up + weights, first, tokens, channels, depth, m, n, k)
+    ends = tile_ends(expert_tokens, tokens, experts, m, count)
+    for work in range(tl.program_id(0), pieces_of_work(ends, columns, span), tl.num_programs(0)):
+        expert, column, _end, token, entry = piece_of_work(
+            ends, work, expert_ids, expert_tokens, tokens, per_token, columns, m, span, reach
+        )
+        weights = expert * (channels * depth)
+        first = column * n
+        value = gate_up(x, token, gate + weights, up + weights, first, tokens, channels, depth, m, n, k)
         channel = first + tl.arange(0, n)
         mask = (entry >= 0)[:, None] & (channel < channels)[None, :]
-        target = inner + entry[:, None] * channels + channel[None, :]
+        target = inner + entry.to(tl.int64)[:, None] * channels + channel[None, :]
         tl.store(target, value.to(inner.dtype.element_ty), mask)
     zero = tl.zeros((1, 1), inner.dtype.element_ty)
     fill_unowned(inner, zero, expert_ids, expert_tokens, tokens, experts, per_token, channels, fill)
