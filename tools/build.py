@@ -57,10 +57,24 @@ def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: An
     from angelforge.engines.limits import BuildOptions
 
     chosen = BuildOptions(**given)
+    _announce(opened, row, chosen)
     if preflight:
         _preflight(opened, row, chosen, as_json)
     else:
         _build(opened, row, chosen, as_json)
+
+
+def _announce(bundle: Bundle, target: Target, options: BuildOptions) -> None:
+    """What the planner says, before work begins."""
+    from angelforge.engines.limits import plan_build
+
+    plan = plan_build(bundle, target, options)
+    cache = f"a cache of {plan.tokens:,} tokens" if plan.fits else f"not fitting: {plan.problem}"
+    click.echo(
+        f"plan for {target.name}: weights {format_bytes(plan.weights_per_rank)}, activations up to "
+        f"{format_bytes(plan.reserve_activations)}, of {format_bytes(plan.memory)}; {cache}",
+        err=True,
+    )
 
 
 def _build(bundle: Bundle, target: Target, options: BuildOptions, as_json: bool) -> None:
@@ -85,7 +99,7 @@ def _preflight(bundle: Bundle, target: Target, options: BuildOptions, as_json: b
         f"engine {format_bytes(found.engine_bytes)}, {format_seconds(found.seconds)}"
     )
     if found.problem is not None:
-        click.echo(f"warning: it would not fit on {target.name}: {found.problem}", err=True)
+        click.echo(f"warning: it would not fit on {target.name}.", err=True)
 
 
 def _tell(bundle: Bundle, manifest: EngineManifest, as_json: bool) -> None:
