@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import triton
 import triton.language as tl
 
 from angelforge.plugins.device.fp8 import fp8_gate_up
-from angelforge.plugins.device.launch import tile_grid
+from angelforge.plugins.device.launch import matmul_constants, require_whole_blocks, tile_grid
 from angelforge.plugins.device.tokens import tile_of
 from angelforge.plugins.fp8_gate_up.operator import FP8_GATE_UP
 from angelforge.plugins.kernel import Kernel, Tile
@@ -54,6 +55,11 @@ def _fp8_gate_up(
     )
 
 
+def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
+    require_whole_blocks(tile, (GROUP,))
+    return matmul_constants(dims["F"], dims["H"], tile)
+
+
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     if tokens <= 16:
         return Tile(m=16, n=GROUP, k=64, stages=5)
@@ -66,13 +72,7 @@ KERNEL = Kernel(
     operator=FP8_GATE_UP,
     function=_fp8_gate_up,
     extras=("T",),
-    constants=lambda dims, types, tile: {
-        "channels": dims["F"],
-        "depth": dims["H"],
-        "m": tile.m,
-        "n": GROUP,
-        "k": tile.k,
-    },
+    constants=_constants,
     grid=lambda dims, gpu, tile: tile_grid(dims["T"], dims["F"], tile),
     tile=_tile,
 )

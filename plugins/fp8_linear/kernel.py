@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import triton
 import triton.language as tl
 
 from angelforge.plugins.device.fp8 import fp8_matmul
-from angelforge.plugins.device.launch import tile_grid
+from angelforge.plugins.device.launch import matmul_constants, require_whole_blocks, tile_grid
 from angelforge.plugins.device.tokens import tile_of
 from angelforge.plugins.fp8_linear.operator import FP8_LINEAR
 from angelforge.plugins.kernel import Kernel, Tile
@@ -34,6 +35,11 @@ def _fp8_linear(
     tl.store(y + token[:, None] * channels + channel[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
+def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
+    require_whole_blocks(tile)
+    return matmul_constants(dims["N"], dims["K"], tile)
+
+
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     if tokens <= 16:
         return Tile(m=16, n=64, stages=4)
@@ -46,13 +52,7 @@ KERNEL = Kernel(
     operator=FP8_LINEAR,
     function=_fp8_linear,
     extras=("T",),
-    constants=lambda dims, types, tile: {
-        "channels": dims["N"],
-        "depth": dims["K"],
-        "m": tile.m,
-        "n": tile.n,
-        "k": tile.k,
-    },
+    constants=_constants,
     grid=lambda dims, gpu, tile: tile_grid(dims["T"], dims["N"], tile),
     tile=_tile,
 )

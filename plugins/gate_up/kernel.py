@@ -7,7 +7,7 @@ import onnx_ir as ir
 import triton
 import triton.language as tl
 
-from angelforge.plugins.device.launch import require_bf16, tile_grid
+from angelforge.plugins.device.launch import matmul_constants, require_bf16, tile_grid
 from angelforge.plugins.device.matmul import gate_up
 from angelforge.plugins.device.tokens import tile_of
 from angelforge.plugins.gate_up.operator import GATE_UP
@@ -36,7 +36,7 @@ def _gate_up(
 
 def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
     require_bf16("GateUp", types, "x", "gate", "up")
-    return {"channels": dims["F"], "depth": dims["H"], "m": tile.m, "n": tile.n, "k": tile.k}
+    return matmul_constants(dims["F"], dims["H"], tile)
 
 
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import triton
 import triton.language as tl
 
-from angelforge.plugins.device.launch import require_bf16, tile_grid
+from angelforge.plugins.device.launch import matmul_constants, require_bf16, tile_grid
 from angelforge.plugins.device.matmul import matmul
 from angelforge.plugins.device.tokens import tile_of
 from angelforge.plugins.kernel import Kernel, Tile
@@ -35,7 +35,7 @@ def _linear(
 
 def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
     require_bf16("Linear", types, "x", "weight")
-    return {"channels": dims["N"], "depth": dims["K"], "m": tile.m, "n": tile.n, "k": tile.k}
+    return matmul_constants(dims["N"], dims["K"], tile)
 
 
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:

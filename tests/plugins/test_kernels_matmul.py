@@ -17,7 +17,7 @@ from support.interpreter import run_interpreted, to_numpy, to_torch
 from angelforge.plugins.fp8_gate_up.kernel import KERNEL as FP8_GATE_UP
 from angelforge.plugins.fp8_linear.kernel import KERNEL as FP8_LINEAR
 from angelforge.plugins.gate_up.kernel import KERNEL as GATE_UP
-from angelforge.plugins.kernel import Kernel
+from angelforge.plugins.kernel import Kernel, Tile
 from angelforge.plugins.linear.kernel import KERNEL as LINEAR
 
 BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -187,3 +187,21 @@ def test_f32_is_refused(kernel: Kernel) -> None:
     inputs = [x.astype(np.float32) for x in make_inputs(kernel, 2, 8, 16, np.random.default_rng(0))]
     with pytest.raises(ValueError, match="f32 bundles run on the CPU target"):
         run(kernel, inputs, attributes_of(kernel, F32_TYPE))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        (FP8_LINEAR, Tile(m=128, n=256)),  # two blocks of weight scales
+        (FP8_LINEAR, Tile(m=128, n=128, k=256)),
+        (FP8_LINEAR, Tile(m=16, n=32)),  # no wgmma: FP8 would become f16
+        (FP8_GATE_UP, Tile(m=16, n=64, k=64)),  # half a group to quantise
+        (LINEAR, Tile(m=8, n=64, k=64)),
+        (GATE_UP, Tile(m=16, n=64, k=16)),
+    ],
+)
+def test_tiles_that_would_be_wrong_are_refused(kernel: Kernel, tile: Tile) -> None:
+    """Whoever tunes gets a ValueError instead of a wrong result or slow instructions."""
+    inputs = make_inputs(kernel, 2, 256, 256, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="tile"):
+        run(kernel, inputs, attributes_of(kernel, F32_TYPE), tile=tile)

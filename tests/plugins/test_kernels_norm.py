@@ -23,7 +23,7 @@ from angelforge.plugins.add_norm.kernel import KERNEL as ADD_NORM
 from angelforge.plugins.add_norm_quantize.kernel import KERNEL as ADD_NORM_QUANTIZE
 from angelforge.plugins.device.numbers import group_scale, quantize
 from angelforge.plugins.embedding.kernel import KERNEL as EMBEDDING
-from angelforge.plugins.kernel import Kernel
+from angelforge.plugins.kernel import Kernel, Tile
 from angelforge.plugins.norm.kernel import KERNEL as NORM
 from angelforge.plugins.norm_quantize.kernel import KERNEL as NORM_QUANTIZE
 
@@ -107,6 +107,14 @@ def test_norms_of_extreme_rows_are_finite(kernel: Kernel, value: float) -> None:
     for y, truth in zip(found, run_reference(kernel.operator, inputs, EPSILON), strict=True):
         assert np.isfinite(y.astype(np.float32)).all()
         np.testing.assert_array_equal(y, truth)
+
+
+@pytest.mark.parametrize("tile", [Tile(m=1, n=256), Tile(m=1, n=65536)])
+def test_a_row_that_does_not_fit_is_refused(tile: Tile) -> None:
+    """A tile shorter than the row, and one that no block's registers hold."""
+    inputs = _norm_inputs(NORM, np.ones((1, 300)), BF16, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="a row of 300 channels"):
+        run_interpreted(NORM, [to_torch(x) for x in inputs], EPSILON, tile=tile)
 
 
 @triton.jit
