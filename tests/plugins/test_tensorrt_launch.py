@@ -139,3 +139,12 @@ def test_a_plugin_launches_on_tensorrts_memory_and_stream(cuda: Driver, monkeypa
 def test_tiles_are_those_of_the_profiles(tokens: int, step: int) -> None:
     assert tile_step(tokens) == step
     assert np.iinfo(np.int32).max > step
+
+
+def test_cut_ptx_is_launched_with_tensorrts_arguments(cuda: Driver) -> None:
+    """Inputs, extras, outputs and nothing behind them; the PTX is what is loaded."""
+    driver.launch_ptx(Launch(CODE, (2, 3, 1), (5,)), "ptx", [16, 32], [48], stream=9)
+    (launch,) = cuda.launches
+    assert cuda.loaded == [b"ptx"]
+    assert [value & 0xFFFFFFFF for value in launch["arguments"]] == [16, 32, 5, 48]
+    assert (launch["sizes"], launch["stream"]) == ((2, 3, 1, 128, 1, 1), 9)

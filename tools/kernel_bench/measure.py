@@ -1,5 +1,6 @@
 """Measures one call on the GPU: is it right, how long does it take, what share of the limits is that."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from angelforge.tools.kernel_bench.timing import time_calls
 from angelforge.tools.kernel_bench.truth import by_torch
 from angelforge.tools.kernel_bench.work import Work
 
+Tensors = Sequence[torch.Tensor]
 SHARED_BYTES = 2**28  # inputs from this size on are not copied for the rotation: a call reads other parts of them
 
 
@@ -31,6 +33,7 @@ class Machine:
     gpu: Gpu
     target: Target | None  # None: nominal figures are not known
     achievable: float  # bytes/s of a read-only kernel in this run
+    device: str = "cuda"  # as torch names it
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,19 @@ def default_tile(work: Work, gpu: Gpu) -> Tile:
     return tile_for(find_kernel(work.operator), binding_of(work).dims, gpu, tile_step(work.tokens))
 
 
-def measure(work: Work, machine: Machine, seed: int, check_ptx: bool, tile: Tile | None = None) -> Measurement:
+def measure(work: Work, machine: Machine, seed: int, check_ptx: bool) -> Measurement:
     """Checks, then times one call. The GPU's memory is given back.
 
     Raises:
         AngelForgeError: the kernel cannot be compiled or launched.
     """
-    tile = tile or default_tile(work, machine.gpu)
-    inputs = make_inputs(work, seed)
-    wanted = by_torch(work, inputs)
-    verdict = None
-    if wanted is not None:
-        found = execute(work, inputs, tile, machine.gpu)
-        verdict = compare(work.operator, inputs, work.attributes, found, wanted)
-        del found, wanted
+    tile = default_tile(work, machine.gpu)
+    inputs = make_inputs(work, seed, machine.device)
+    verdict = check(work, inputs, by_torch(work, inputs), tile, machine.gpu)
     same = ptx_equals_triton(work, inputs, tile, machine.gpu) if check_ptx else None
     cost = cost_of(work, experts_used(work, inputs))
-    timing = time_work(work, inputs, machine.gpu, tile, cost, seed)
-    other = rival(work, dict(zip((port.name for port in work.operator.inputs), inputs, strict=True)))
-    beside = None if other is None else (other[0], time_calls([other[1]]).median)
+    timing = time_work(work, rotation(work, inputs, cost, seed), tile, machine.gpu)
+    beside = _time_rival(work, inputs)
     seconds = timing.median * 1e-6
     target = machine.target
     peak = None if target is None else peak_flops(work, target)
@@ -106,10 +103,34 @@ def measure(work: Work, machine: Machine, seed: int, check_ptx: bool, tile: Tile
     )
 
 
-def time_work(work: Work, inputs: list[torch.Tensor], gpu: Gpu, tile: Tile, cost: Cost, seed: int) -> Timing:
-    """The call's time, rotating through sets of inputs that the L2 cache cannot hold together."""
+def _time_rival(work: Work, inputs: Tensors) -> tuple[str, float] | None:
+    """Plain torch's name and µs; None where there is nothing alike, or torch has no kernel for it on this GPU."""
+    other = rival(work, dict(zip((port.name for port in work.operator.inputs), inputs, strict=True)))
+    if other is None:
+        return None
+    try:
+        return other[0], time_calls([other[1]]).median
+    except RuntimeError:
+        return None
+
+
+def check(work: Work, inputs: Tensors, wanted: Tensors | None, tile: Tile, gpu: Gpu) -> Verdict | None:
+    """Runs the call once and compares it with the truth, if there is one."""
+    if wanted is None:
+        return None
+    return compare(work.operator, inputs, work.attributes, execute(work, inputs, tile, gpu), wanted)
+
+
+def rotation(work: Work, inputs: Tensors, cost: Cost, seed: int) -> list[Tensors]:
+    """Sets of inputs that the L2 cache cannot hold together, these first."""
     names = [port.name for port in work.operator.inputs]
     large = {name: x for name, x in zip(names, inputs, strict=True) if x.nbytes >= SHARED_BYTES}
-    sets = [inputs, *(make_inputs(work, seed + i, reuse=large) for i in range(1, copies_for(cost.nbytes)))]
-    launch = plan(work, inputs, gpu, tile)
+    device = str(inputs[0].device)
+    others = [make_inputs(work, seed + i, device, large) for i in range(1, copies_for(cost.nbytes))]
+    return [inputs, *others]
+
+
+def time_work(work: Work, sets: list[Tensors], tile: Tile, gpu: Gpu) -> Timing:
+    """The time of one launch, going round through sets of inputs."""
+    launch = plan(work, sets[0], gpu, tile)
     return time_calls([partial(by_driver, launch, own, outputs_for(work, own)) for own in sets])

@@ -1,28 +1,32 @@
 """One run on the GPU: numerics of everything first, then times, the heaviest calls first, within a time limit."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
+from typing import TypeVar
 
 import torch
 
 from angelforge.config import ModelConfig
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic_config import FULL_CONFIG
+from angelforge.plugins.compile import COMPILE_ERRORS
 from angelforge.plugins.kernel import Gpu, Tile
 from angelforge.plugins.tensorrt.gpu import GpuFacts
-from angelforge.tools.kernel_bench.checks import BodyCheck, check_against_body, check_works, has_kernel
+from angelforge.tools.kernel_bench.checks import check_against_body, check_works, has_kernel
 from angelforge.tools.kernel_bench.execution import execute
 from angelforge.tools.kernel_bench.goals import target_of
-from angelforge.tools.kernel_bench.measure import Machine, Measurement, default_tile, measure
+from angelforge.tools.kernel_bench.measure import Machine, default_tile, measure
 from angelforge.tools.kernel_bench.report import Report
 from angelforge.tools.kernel_bench.timing import achievable_bandwidth
 from angelforge.tools.kernel_bench.warm import compile_tiles
 from angelforge.tools.kernel_bench.work import Work, works
 
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 ROUTE_TOKENS = 64  # routing's second goal
 
 
@@ -67,54 +71,68 @@ def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: in
     """Checks and measures everything that there is time for."""
     chosen, gpu = all_works(full_config(), operators), machine.gpu
     checks = list(check_works(gpu, operators))
-    jobs = {
-        (w.operator.name, tuple(sorted(w.sizes().items())), tile): (w, tile)
-        for w, tile in [*checks, *((w, default_tile(w, gpu)) for w in chosen)]
-    }
-    say(f"Compiling {len(jobs)} tiles …")
-    compile_tiles(jobs.values(), gpu.architecture)
-    failed: list[str] = []
+    trouble = Trouble([], [])
+    tiles = _compile_all([*checks, *((work, default_tile(work, gpu)) for work in chosen)], gpu, trouble, say)
+    verdicts = []
     say(f"Comparing {len(checks)} tiles with function bodies …")
-    verdicts = _check_all(checks, gpu, seed, failed)
-    measurements, skipped = _measure_all(chosen, machine, deadline, seed, failed, say)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Report(machine, versions(), date, verdicts, measurements, skipped, failed)
-
-
-def _check_all(checks: Iterable[tuple[Work, Tile]], gpu: Gpu, seed: int, failed: list[str]) -> list[BodyCheck]:
-    found = []
+    run_here = partial(execute, gpu=gpu)
     for work, tile in checks:
-        try:
-            found.append(check_against_body(work, tile, partial(execute, gpu=gpu), seed, "cuda"))
-        except AngelForgeError as error:
-            failed.append(f"{work.name}: {error}")
-    return found
-
-
-def _measure_all(
-    chosen: Iterable[Work], machine: Machine, deadline: Deadline, seed: int, failed: list[str], say: Say
-) -> tuple[list[Measurement], list[str]]:
-    found, skipped, compared = [], [], set()
+        if _key(work, tile) in tiles:
+            attempt = partial(check_against_body, work, tile, run_here, seed, machine.device)
+            verdicts += trouble.attempt(work, deadline, attempt)
+    measurements, compared = [], set()
     for work in chosen:
-        if deadline.over():
-            skipped.append(work.name)
-            continue
-        tile = default_tile(work, machine.gpu)
-        key = (work.operator.name, work.label, tile)
+        key = _key(work, default_tile(work, gpu))
+        if key in tiles:
+            attempt_one = partial(measure, work, machine, seed, check_ptx=key not in compared)
+            for found in trouble.attempt(work, deadline, attempt_one):
+                measurements.append(found)
+                compared.add(key)
+                say(f"{work.name}: {found.timing.median:.1f} µs")
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Report(machine, versions(), date, verdicts, measurements, trouble.skipped, trouble.failed)
+
+
+def _key(work: Work, tile: Tile) -> tuple[object, ...]:
+    return work.operator.name, tuple(sorted(work.sizes().items())), tile
+
+
+def _compile_all(pairs: Sequence[tuple[Work, Tile]], gpu: Gpu, trouble: "Trouble", say: Say) -> set[tuple[object, ...]]:
+    """Keys of the tiles that could be compiled."""
+    jobs = {_key(work, tile): (work, tile) for work, tile in pairs}
+    say(f"Compiling {len(jobs)} tiles …")
+    codes = compile_tiles(jobs.values(), gpu.architecture)
+    for (work, tile), code in zip(jobs.values(), codes, strict=True):
+        if code.problem:
+            trouble.failed.append(f"{work.name}, {tile} cannot be compiled: {code.problem}")
+    return {key for key, code in zip(jobs, codes, strict=True) if not code.problem}
+
+
+@dataclass
+class Trouble:
+    """What a run leaves out, and why: one kernel's failure does not end it, a lost GPU does."""
+
+    skipped: list[str]  # no time, too little memory, or after the GPU was lost
+    failed: list[str]
+    lost: bool = False
+
+    def attempt(self, work: Work, deadline: Deadline, function: Callable[[], Result]) -> list[Result]:
+        """The result in a list; an empty list where there is none."""
+        if self.lost or deadline.over():
+            self.skipped.append(work.name)
+            return []
         try:
-            measurement = measure(work, machine, seed, check_ptx=key not in compared)
-        except AngelForgeError as error:
-            failed.append(f"{work.name}: {error}")
-            continue
+            return [function()]
         except torch.cuda.OutOfMemoryError:
-            skipped.append(f"{work.name} (too little GPU memory)")
-            continue
-        finally:
+            self.skipped.append(f"{work.name} (too little GPU memory)")
+        except RuntimeError as error:  # a CUDA error: the context is of no use any more
+            self.failed.append(f"{work.name}: {str(error).splitlines()[0]}; the run ends here")
+            self.lost = True
+        except COMPILE_ERRORS as error:
+            self.failed.append(f"{work.name}: {error}")
+        if not self.lost:
             torch.cuda.empty_cache()
-        compared.add(key)
-        found.append(measurement)
-        say(f"{work.name}: {measurement.timing.median:.1f} µs")
-    return found, skipped
+        return []
 
 
 def versions() -> dict[str, str]:

@@ -4,10 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from angelforge.config import ModelConfig
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Tile
 from angelforge.plugins.tuning import Row, profile_of
-from angelforge.tools.kernel_bench.measure import Machine, default_tile, measure
+from angelforge.tools.kernel_bench.costs import cost_of
+from angelforge.tools.kernel_bench.inputs import experts_used, make_inputs
+from angelforge.tools.kernel_bench.measure import Machine, check, default_tile, rotation, time_work
 from angelforge.tools.kernel_bench.statistics import geometric_mean
+from angelforge.tools.kernel_bench.truth import by_torch
 from angelforge.tools.kernel_bench.warm import Code, compile_tiles
 from angelforge.tools.kernel_bench.work import CONTEXTS, Work, works
 
@@ -27,6 +31,7 @@ FREE = {
 LIMITS = {"m": (16, 128), "n": (32, 256), "k": (32, 128), "warps": (4, 8), "stages": (1, 6), "blocks_per_sm": (1, 8)}
 PROFILE_TOKENS = {"8": (1, 8), "64": (32, 64), "256": (128, 256), "prefill": (1024, 8192)}
 STATIC_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes a block: decoding profiles, and sm_90's most
+SEED = 1
 MARGIN = 0.98  # a tile must be so much faster than the default to be written down
 
 
@@ -99,7 +104,7 @@ def tune(
         tiles = [
             tile for (own, tile), code in zip(pairs, codes, strict=True) if own is task and usable(code, task.profile)
         ]
-        times = {tile: time for tile in tiles if (time := _time(task, tile, machine)) is not None}
+        times = time_tiles(task, tiles, machine)
         row = best_row(task, times, machine)
         say(f"{task.works[0].operator.name} {task.works[0].label} ≤ {task.profile}: {len(times)} tiles, "
             + (f"{row.tile} at {row.microseconds:.1f} µs" if row else "the default stays"))  # fmt: skip
@@ -127,7 +132,20 @@ def best_row(task: Task, times: dict[Tile, float], machine: Machine) -> Row | No
     )
 
 
-def _time(task: Task, tile: Tile, machine: Machine) -> float | None:
-    """The geometric mean of the calls' µs; None for a tile that gives wrong results."""
-    found = [measure(work, machine, seed=1, check_ptx=False, tile=tile) for work in task.works]
-    return geometric_mean([m.timing.median for m in found]) if all(m.right for m in found) else None
+def time_tiles(task: Task, tiles: Sequence[Tile], machine: Machine) -> dict[Tile, float]:
+    """The geometric mean of the calls' µs for each tile that gives right results."""
+    times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    for work in task.works:
+        inputs = make_inputs(work, SEED, machine.device)
+        wanted = by_torch(work, inputs)
+        sets = rotation(work, inputs, cost_of(work, experts_used(work, inputs)), SEED)
+        for tile in list(times):
+            try:
+                verdict = check(work, inputs, wanted, tile, machine.gpu)
+            except AngelForgeError:  # the driver refuses it
+                verdict = None
+            if verdict is None or not verdict.ok:
+                del times[tile]
+            else:
+                times[tile].append(time_work(work, sets, tile, machine.gpu).median)
+    return {tile: geometric_mean(found) for tile, found in times.items()}
