@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from angelforge.diskerrors import explained
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.library import Library
 
 _ERRORS = ("INTERNAL_ERROR", "ERROR")
@@ -64,11 +65,13 @@ def recording(library: Library, path: Path) -> Iterator[BuildLog]:
     """Writes all of TensorRT's messages to the file `path` (replaced) until the block ends.
 
     Raises:
-        AngelForgeError: the file cannot be written.
+        AngelForgeError: the file cannot be written, or this process records another build.
     """
+    logger = logger_of(library)
+    if logger.log_to is not None:
+        raise AngelForgeError("This process is building another engine; wait until it has finished.")
     with explained("write", path):
         file = path.open("w", encoding="utf-8", errors="replace", buffering=1)
-    logger = logger_of(library)
     logger.log_to = BuildLog(file)
     try:
         yield logger.log_to

@@ -98,5 +98,7 @@ def _load_shared_libraries(package: str) -> None:
             with suppress(FileExistsError):  # two libraries that differ in their version only
                 (Path(links.name) / name).symlink_to(library)
     for library in libraries:
+        if "builder_resource" in library.name:  # gigabytes, of which TensorRT opens what it needs
+            continue
         with suppress(OSError):  # the import that follows says what is wrong
             ctypes.CDLL(str(Path(links.name) / library.name))

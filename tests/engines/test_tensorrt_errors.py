@@ -87,6 +87,20 @@ def test_what_tensorrt_says_after_a_build_goes_nowhere(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().endswith("ERROR inside\n")
 
 
+def test_one_recording_at_a_time(tmp_path: Path) -> None:
+    """TensorRT has one logger: two builds at once in one process would mix their logs."""
+    library = rtx()
+    with (
+        recording(library, tmp_path / "log"),
+        pytest.raises(AngelForgeError, match="building another engine"),
+        recording(library, tmp_path / "other"),
+    ):
+        pass
+    assert not (tmp_path / "other").exists()
+    with recording(library, tmp_path / "log"):
+        pass
+
+
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with (
         pytest.raises(AngelForgeError, match=r"Cannot write .*log: there is no such file or folder"),
