@@ -1,6 +1,6 @@
 """Launch rules of the experts' matmuls: persistent programs that share the work of all experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from angelforge.plugins.kernel import Gpu, Tile
@@ -10,8 +10,13 @@ def expert_constants(dims: Mapping[str, Any], tile: Tile, channels: int, depth: 
     """The constants of a kernel that multiplies by weights [E, channels, depth].
 
     With many rows a piece of work is `span` columns of tiles: finding out whose rows a tile has takes about 2 µs.
+
+    Raises:
+        ValueError: a side of the tile is too short for the tensor core.
     """
     few = tile.m < 64
+    if tile.m < 16 or tile.n < (64 if few else 16) or tile.k < 32:
+        raise ValueError(f"no tensor-core instruction for a tile of {tile.m} tokens × {tile.n} channels × {tile.k}")
     return {
         "experts": dims["E"],
         "per_token": dims["k"],
@@ -25,6 +30,20 @@ def expert_constants(dims: Mapping[str, Any], tile: Tile, channels: int, depth: 
         "reach": 4 if few else 16 * tile.warps,  # words of one expert in which a tile's rows are looked for in one step
         "fill": 64 if few else 128,  # entries that are looked through for padding in one step
     }
+
+
+def require_fp8_tile(tile: Tile, narrow: Sequence[int], wide: int) -> None:
+    """Refuses tiles that the FP8 kernels have no code for.
+
+    Raises:
+        ValueError: n is not one of `narrow` for fewer than 64 tokens, or not `wide` with whole blocks of 128 for more.
+    """
+    fits = tile.n in narrow and 128 % tile.k == 0 if tile.m < 64 else tile.n == wide and tile.k == 128
+    if not fits:
+        raise ValueError(
+            f"FP8 experts take tiles of {' or '.join(map(str, narrow))} channels for fewer than 64 tokens and of "
+            f"{wide} × 128 for more, not {tile}"
+        )
 
 
 def expert_grid(dims: Mapping[str, Any], gpu: Gpu, tile: Tile) -> tuple[Any, int, int]:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import triton
 import triton.language as tl
 
-from angelforge.plugins.device.expert_launch import expert_constants, expert_grid
+from angelforge.plugins.device.expert_launch import expert_constants, expert_grid, require_fp8_tile
 from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
 from angelforge.plugins.device.fp8 import fp8_gate_up
 from angelforge.plugins.device.fp8_wide import fp8_gate_up_wide
@@ -65,6 +66,11 @@ def _fp8_moe_gate_up(
     fill_unowned(inner_scale, least, expert_ids, expert_tokens, tokens, experts, per_token, columns, fill)
 
 
+def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
+    require_fp8_tile(tile, narrow=(128,), wide=128)
+    return expert_constants(dims, tile, dims["I"], dims["H"], span=4)
+
+
 def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     if tokens <= 256:
         return Tile(m=16, n=128, k=64, stages=5, blocks_per_sm=4)
@@ -75,7 +81,7 @@ KERNEL = Kernel(
     operator=FP8_MOE_GATE_UP,
     function=_fp8_moe_gate_up,
     extras=("T",),
-    constants=lambda dims, types, tile: expert_constants(dims, tile, dims["I"], dims["H"], span=4),
+    constants=_constants,
     grid=expert_grid,
     tile=_tile,
 )

@@ -1,6 +1,7 @@
 """The experts' grouped matmuls: kernels in the interpreter against the function bodies, quantised tensors as inputs."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from support.routing import choose, expert_tokens
 
 from angelforge.plugins.fp8_moe_down.kernel import KERNEL as FP8_DOWN
 from angelforge.plugins.fp8_moe_gate_up.kernel import KERNEL as FP8_GATE_UP
-from angelforge.plugins.kernel import Gpu, Kernel
+from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.moe_down.kernel import KERNEL as DOWN
 from angelforge.plugins.moe_gate_up.kernel import KERNEL as GATE_UP
 
@@ -139,3 +140,23 @@ def test_f32_is_refused(kernel: Kernel) -> None:
     inputs = make_inputs(kernel, Sizes(2, 2, 8, 16), ids, bits, np.random.default_rng(0))
     with pytest.raises(ValueError, match="f32 bundles run on the CPU target"):
         run(kernel, [x.astype(np.float32) if x.dtype == BF16 else x for x in inputs])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        (FP8_GATE_UP, Tile(m=8, n=128)),
+        (FP8_GATE_UP, Tile(m=16, n=64)),
+        (FP8_GATE_UP, Tile(m=64, n=128, k=64)),
+        (FP8_DOWN, Tile(m=16, n=256)),
+        (FP8_DOWN, Tile(m=64, n=128)),
+        (DOWN, Tile(m=16, n=32)),
+        (GATE_UP, Tile(m=16, n=64, k=16)),
+    ],
+)
+def test_tiles_without_code_are_refused(kernel: Kernel, tile: Tile) -> None:
+    """A tuning table with such a tile must not give wrong results."""
+    dims = {"E": 4, "k": 2, "I": 256, "H": 256, "T": 1}
+    types = dict.fromkeys(("x", "gate", "up", "inner", "down"), ir.DataType.BFLOAT16)
+    with pytest.raises(ValueError, match=r"tile"):
+        kernel.constants(dims, types, tile)
