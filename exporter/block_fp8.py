@@ -1,4 +1,4 @@
-"""Block quantisation to e4m3 (MODEL.md, FP8 checkpoints): the rule, in passes over arrays that stay in the cache.
+"""Block quantisation to e4m3 (MODEL.md, FP8 checkpoints): the rule, in passes over arrays that the cache holds.
 
 ml_dtypes' own conversion to e4m3 takes several times as long as all of this; a test compares both on every bf16 value.
 """
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 FP8_MAX = np.float32(448)  # the largest e4m3 value
 LEAST_AMAX = np.float32(1e-4)  # of a block, so that one of zeros has a scale
 
-_CHUNK = 1024  # columns worked on at a time
+_CHUNK = 4096  # columns worked on at a time; with fewer, threads wait for Python's lock between the passes
 _LEAST_NORMAL = np.float32(2.0**-6)  # below it the steps of e4m3 stay as wide as above it
 _EXPONENT = np.int32(0x7F800000)  # of an f32's bits
 _LARGEST_CODE = np.uint8(0x7E)
@@ -32,7 +32,7 @@ class NotFiniteError(ValueError):
 
 
 class BlockQuantizer:
-    """Quantises a row of blocks at a time, of any width. For one thread: its buffers (2 MB) serve every call."""
+    """Quantises a row of blocks at a time, of any width. For one thread: its buffers (7 MB) serve every call."""
 
     def __init__(self, block: tuple[int, int] = (128, 128)) -> None:
         rows, self._columns = block

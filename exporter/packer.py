@@ -28,7 +28,7 @@ __all__ = ["PackedShard", "pack", "remove_stale"]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _WORKERS = 4  # more than two processors can do at once: one may wait for the disk while another hashes
-_MOST_WORKERS = 8  # while quantising, which takes a processor each; more would wait for Python's lock
+_MOST_QUANTIZING = 8  # each takes a processor; more would wait for Python's lock
 
 
 def pack(
@@ -42,8 +42,8 @@ def pack(
 
     Each file appears whole or not at all, synced to the disk. A call after an interrupted one keeps the files that are
     finished, unless sources or layout have changed since. `progress` is called in the caller's thread. `workers` files
-    are written at a time (4 unless told otherwise, more on large machines when weights are quantised); each takes
-    16 MB of buffers.
+    are written at a time: unless told otherwise 4, or one for each processor (2 to 8) when weights are quantised. Each
+    takes 16 MB of buffers, and 10 MB for quantising.
 
     Raises AngelForgeError, before the first byte where that can be known: another process packs into this bundle, a
     tensor is missing, misshapen or of a type that cannot be converted, too little space; later: a full disk, a source
@@ -81,7 +81,7 @@ def remove_stale(bundle_dir: Path, keep: Collection[str]) -> list[str]:
 
 def _default_workers(shards: Sequence[Shard]) -> int:
     quantizing = any(isinstance(tensor.source, Quantized) for shard in shards for tensor in shard.tensors)
-    return max(_WORKERS, min(os.cpu_count() or 1, _MOST_WORKERS)) if quantizing else _WORKERS
+    return max(2, min(os.cpu_count() or 1, _MOST_QUANTIZING)) if quantizing else _WORKERS
 
 
 @dataclass
