@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-from angelforge.config import ModelConfig
 from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
 from angelforge.errors import UsageError
 from angelforge.machine import memory
-from angelforge.precision import Precision
+from angelforge.precision import Precision, natural_precision
 from angelforge.targets import TARGETS, Target, get_target
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
@@ -64,13 +63,6 @@ def plan(
         return
     print_model(model)
     print_plan(plans[0]) if target else print_comparison(plans)
-
-
-def natural_precision(config: ModelConfig) -> Precision:
-    """The precision that keeps a checkpoint's own numbers: FP8 as it is, f32 as f32, anything else as bf16."""
-    if config.quantization is not None:
-        return Precision.FP8
-    return Precision.FP32 if config.torch_dtype == "float32" else Precision.BF16
 
 
 def _comparable(ranks: int) -> list[Target]:
