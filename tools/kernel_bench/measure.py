@@ -51,6 +51,7 @@ class Measurement:
     achievable_share: float
     peak_share: float | None  # of the tensor cores' rate
     goal: Goal | None
+    limit: float | None  # µs that the call needs at the target's nominal rates
 
     @property
     def goal_met(self) -> bool | None:
@@ -100,6 +101,7 @@ def measure(work: Work, machine: Machine, seed: int, check_ptx: bool) -> Measure
         achievable_share=cost.nbytes / seconds / machine.achievable,
         peak_share=cost.flops / seconds / peak if peak and cost.flops else None,
         goal=goal_of(work, target),
+        limit=1e6 * cost.seconds(target.bandwidth, peak) if target and target.bandwidth and peak else None,
     )
 
 

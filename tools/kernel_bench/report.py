@@ -8,7 +8,7 @@ from angelforge.tools.kernel_bench.checks import BodyCheck
 from angelforge.tools.kernel_bench.measure import Machine, Measurement
 
 HEAD = (
-    "call", "tile m×n×k, warps, stages", "µs", "GB/s", "TFLOP/s", "of nominal", "of achievable", "of peak",
+    "call", "tile m×n×k, warps, stages", "µs", "limit µs", "GB/s", "TFLOP/s", "of nominal", "of achievable", "of peak",
     "error / limit", "PTX", "torch µs", "goal",
 )  # fmt: skip
 
@@ -83,6 +83,7 @@ def _entry(m: Measurement) -> dict[str, Any]:
         "dims": dict(m.work.dims),
         "tile": asdict(m.tile),
         "microseconds": asdict(m.timing),
+        "limit_microseconds": m.limit,
         **asdict(m.cost),
         "nominal_share": m.nominal_share,
         "achievable_share": m.achievable_share,
@@ -100,6 +101,7 @@ def _cells(m: Measurement) -> Iterator[str]:
     yield m.work.name
     yield _tile(m.tile)
     yield f"{m.timing.median:.1f}"
+    yield "–" if m.limit is None else f"{m.limit:.1f}"
     yield f"{m.cost.nbytes / seconds / 1e9:.0f}"
     yield f"{m.cost.flops / seconds / 1e12:.1f}" if m.cost.flops else "–"
     for share in (m.nominal_share, m.achievable_share, m.peak_share):

@@ -1,6 +1,7 @@
 """What a call must give: by the operator's function body in an ONNX tool on the CPU, or in plain torch."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.validate.bodies import run_body, run_reference
 from angelforge.tools.kernel_bench.plain import plain_outputs
 from angelforge.tools.kernel_bench.work import Work
@@ -18,21 +21,38 @@ _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
 }
+BODY_ERRORS: tuple[type[Exception], ...] = (*ONNXRUNTIME_ERRORS, TypeError)
 BODY_TOKENS = 128  # most tokens of a real-size call whose body a CPU follows, where plain torch has no such operator
 
 
 def by_body(work: Work, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The function body's outputs, on the CPU."""
+    """The function body's outputs, on the CPU.
+
+    Raises:
+        AngelForgeError: this machine's ONNX tools cannot run it.
+    """
     run = run_reference if work.operator.name in IN_BF16 else run_body
-    return [to_torch(array) for array in run(work.operator, [to_numpy(x) for x in inputs], work.attributes)]
+    arrays = [to_numpy(x) for x in inputs]
+    try:
+        return [to_torch(array) for array in run(work.operator, arrays, work.attributes)]
+    except BODY_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AngelForgeError(
+            f"The function body of {work.operator.name} does not run on this machine ({reason}); it needs onnx and "
+            "onnxruntime as pyproject.toml names them."
+        ) from error
 
 
 def by_torch(work: Work, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
-    """Plain torch's outputs on the inputs' device; the body's where there is no such formulation; None if too large."""
+    """Plain torch's outputs on the inputs' device; the body's where there is no such formulation.
+
+    None where a call is too large for its body, or no body runs here, which the checks at small sizes then tell.
+    """
     named = dict(zip((port.name for port in work.operator.inputs), inputs, strict=True))
     found = plain_outputs(work.operator.name, named, work.attributes)
     if found is None and work.tokens <= BODY_TOKENS:
-        return by_body(work, inputs)
+        with suppress(AngelForgeError):
+            return by_body(work, inputs)
     return found
 
 

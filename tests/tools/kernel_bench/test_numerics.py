@@ -7,9 +7,11 @@ import pytest
 import torch
 from support.interpreter import exact_interpreter, run_interpreted
 
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.device.streaming import read_all
 from angelforge.plugins.kernel import Gpu, Tile
 from angelforge.plugins.tensorrt.kernels import find_kernel
+from angelforge.tools.kernel_bench import truth
 from angelforge.tools.kernel_bench.checks import check_against_body, check_config, check_works
 from angelforge.tools.kernel_bench.compare import compare
 from angelforge.tools.kernel_bench.execution import copies
@@ -123,3 +125,14 @@ def test_the_streaming_kernel_reads_everything() -> None:
         with exact_interpreter([source], [sums]):
             read_all[(programs,)](source, 11, sums, block=64)
         assert int(sums.sum()) == int(source.sum())
+
+
+def test_a_body_that_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old ONNX Runtime, say: a message for this kernel, not the end of a run."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no FP8 here")
+
+    monkeypatch.setattr(truth, "run_body", refuse)
+    with pytest.raises(AngelForgeError, match="body of Fp8Linear does not run on this machine"):
+        by_body(find("Fp8Linear"), make_inputs(find("Fp8Linear"), 1, "cpu"))

@@ -73,6 +73,7 @@ def test_a_run_checks_and_measures_everything() -> None:
     found = next(m for m in report.measurements if m.work.name == "Fp8Linear down, T = 3")
     assert found.rival == ("linear bf16", 9.0)
     assert found.peak_share == pytest.approx(found.cost.flops / (found.timing.median * 1e-6) / 1979e12)
+    assert found.limit == pytest.approx(found.cost.nbytes / 4.8e12 * 1e6)  # bound by memory
     assert found.achievable_share == pytest.approx(found.cost.nbytes / (found.timing.median * 1e-6) / 4.3e12)
     raw = json.loads(json.dumps(report.to_dict()))
     assert len(raw["measurements"]) == len(raw["body_checks"]) == 4
