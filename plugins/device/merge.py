@@ -43,14 +43,20 @@ def _parts_of(
 
 
 @triton.jit
+def _load_part(partial, lse, row, part, parts, head, dim, heads: tl.constexpr):
+    """(f32 [block, head_dim], lse [block, 1]) of one part; from `parts` on 0 and −inf."""
+    place = (row + part) * heads + head
+    mask = (part < parts) & (head < heads)
+    result = tl.load(partial + place * dim.shape[1] + dim, mask=mask, other=0.0)
+    return result, tl.load(lse + place, mask=mask, other=float("-inf"))
+
+
+@triton.jit
 def _load_parts(partial, lse, row, part, parts, head, dim, heads: tl.constexpr, ahead: tl.constexpr):
-    """The parts part … part + ahead − 1, each with its lse: (f32 [block, head_dim], f32 [block, 1]), …"""
-    loaded = ()
-    for step in tl.static_range(ahead):
-        place = (row + part + step) * heads + head
-        mask = (part + step < parts) & (head < heads)
-        result = tl.load(partial + place * dim.shape[1] + dim, mask=mask, other=0.0)
-        loaded = loaded + (result, tl.load(lse + place, mask=mask, other=float("-inf")))  # noqa: RUF005
+    """`ahead` parts from `part` on, one after the other."""
+    loaded = _load_part(partial, lse, row, part, parts, head, dim, heads)
+    for step in tl.static_range(1, ahead):
+        loaded = loaded + _load_part(partial, lse, row, part + step, parts, head, dim, heads)
     return loaded
 
 
