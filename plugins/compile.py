@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,35 @@ class Compiled:
     warps: int
     shared: int  # bytes of shared memory a block
     scratch: int  # bytes of Triton's scratch buffers: 0 unless a kernel needs one
-    registers: int  # a thread
-    stack: int  # bytes a thread
-    counts: Mapping[str, int]  # instructions, as they stand in the code (not as often as they run)
+
+    @cached_property
+    def _dump(self) -> str:
+        return _dump(self.cubin)  # takes as long as many a compilation: only who asks pays
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return int(self._usage[1])
+
+    @property
+    def stack(self) -> int:
+        """Bytes of a thread."""
+        return int(self._usage[2])
+
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """Instructions, as they stand in the code (not as often as they run)."""
+        return {
+            **{name: len(re.findall(pattern, self.ptx)) for name, pattern in _PTX.items()},
+            **{name: len(re.findall(pattern, self._dump)) for name, pattern in _SASS.items()},
+        }
+
+    @property
+    def _usage(self) -> re.Match[str]:
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", self._dump)
+        if usage is None:
+            raise AngelForgeError(f"cuobjdump reports no resource usage for {self.entry}: {self._dump[:200]!r}.")
+        return usage
 
     @property
     def spills(self) -> int:
@@ -87,25 +114,14 @@ def compile_kernel(kernel: Kernel, binding: Binding, tile: Tile, architecture: s
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    dump = _dump(cubin)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    if usage is None:
-        raise AngelForgeError(f"cuobjdump reports no resource usage for {kernel.operator.name}: {dump[:200]!r}.")
     metadata = compiled.metadata
     return Compiled(
         entry=metadata.name,
-        ptx=ptx,
-        cubin=cubin,
+        ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
         warps=tile.warps,
         shared=metadata.shared,
         scratch=metadata.global_scratch_size + metadata.profile_scratch_size,
-        registers=int(usage[1]),
-        stack=int(usage[2]),
-        counts={
-            **{name: len(re.findall(pattern, ptx)) for name, pattern in _PTX.items()},
-            **{name: len(re.findall(pattern, dump)) for name, pattern in _SASS.items()},
-        },
     )
 
 

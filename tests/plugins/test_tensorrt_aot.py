@@ -31,7 +31,7 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {"LD_LIBRARY_PATH": str(empty_tensorrt(folder))}
 
 
-@pytest.fixture(scope="module", params=[("fp8", 8), ("bf16", 8192)], ids=lambda params: params[0])
+@pytest.fixture(scope="module", params=[("fp8", 64), ("bf16", 64)], ids=lambda params: params[0])
 def driven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What NVIDIA's classes were told of every operator of a precision, in some profiles."""
     command = [sys.executable, str(PROGRAM), *map(str, request.param)]
@@ -77,8 +77,8 @@ def test_launches_are_the_kernels(driven: list[dict[str, Any]]) -> None:
 
 def test_decode_tiles_fit_in_static_shared_memory(driven: list[dict[str, Any]]) -> None:
     for row in driven:
-        if row["most_tokens"] <= 64:
-            assert row["steps"][0]["launch"]["shared_mem"] <= STATIC_SHARED, row["operator"]
+        assert row["most_tokens"] <= 64
+        assert row["steps"][0]["launch"]["shared_mem"] <= STATIC_SHARED, row["operator"]
 
 
 def test_aliased_outputs_are_told(driven: list[dict[str, Any]]) -> None:
@@ -104,12 +104,10 @@ def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> N
 
 
 def test_it_assembles(driven: list[dict[str, Any]], tmp_path: Path) -> None:
-    """The cut PTX of every decode kernel is valid."""
+    """The cut PTX of every kernel is valid."""
     import triton
 
     for row in driven:
-        if row["most_tokens"] > 64:
-            continue
         source = tmp_path / f"{row['entry']}.ptx"
         source.write_text(row["ptx"])
         command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]

@@ -17,7 +17,7 @@ from angelforge.plugins.tensorrt import adapter, driver
 from angelforge.plugins.tensorrt.launches import Launch, tile_step
 from angelforge.plugins.tensorrt.types import to_tensorrt
 
-CODE = Compiled("add", "", b"cubin", warps=4, shared=1024, scratch=0, registers=8, stack=0, counts={})
+CODE = Compiled("add", "", b"cubin", warps=4, shared=1024, scratch=0)
 
 
 class Driver:

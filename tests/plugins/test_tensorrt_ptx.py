@@ -35,7 +35,7 @@ PTX = """
 	}
 	.section	.debug_macinfo	{	}
 """
-ADD = Compiled("add", PTX, b"", 4, 0, 0, 8, 0, {})
+ADD = Compiled("add", PTX, b"", warps=4, shared=0, scratch=0)
 
 
 def test_the_two_last_parameters_go() -> None:
