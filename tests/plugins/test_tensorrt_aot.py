@@ -15,7 +15,7 @@ from support.empty_tensorrt import empty_tensorrt
 from angelforge.plugins.binding import bind
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
-from angelforge.plugins.tensorrt.kernels import find_kernel
+from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 
 pytest.importorskip("triton")
 
@@ -113,3 +113,8 @@ def test_it_assembles(driven: list[dict[str, Any]], tmp_path: Path) -> None:
         command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{row['operator']}: {result.stderr}"
+
+
+def test_operators_without_a_kernel() -> None:
+    """Only the sum over ranks, which TensorRT does itself."""
+    assert [name for name, operator in OPERATORS.items() if kernel_digest(operator) == "none"] == ["AllReduce"]
