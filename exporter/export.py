@@ -13,6 +13,7 @@ from angelforge.bundle import Bundle, Manifest, record_file
 from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
 from angelforge.exporter.context import context_limit
+from angelforge.exporter.destination import LOCK, check_destination, withdraw
 from angelforge.exporter.draft_layout import draft_tensors
 from angelforge.exporter.graph import build_draft_graph, build_graph, locate_weights
 from angelforge.exporter.layout import bundle_tensors, locate, plan_shards
@@ -52,7 +53,8 @@ class ExportOptions:
 def export(source: str, folder: Path, options: ExportOptions, progress: Progress | None = None) -> Bundle:
     """Exports a checkpoint (a folder or a Hub id) to the bundle `folder` and returns it, opened.
 
-    The same call after an interrupted one goes on where that was. `progress` hears of packed bytes.
+    The same call after an interrupted one goes on where that was; until then the folder is no bundle. `progress` hears
+    of packed bytes.
 
     Raises:
         AngelForgeError: the checkpoint is damaged or not of this architecture, or the disk refuses.
@@ -72,12 +74,17 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
     for model in graphs.values():
         locate_weights(model, locate(tensors, shards))
 
+    check_destination(folder, options.graph_only)
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".export.lock"):
+    with lock(folder / LOCK):
+        if sources.checkpoint is None:
+            packed = []
+            withdraw(folder)
+        else:
+            packed = pack(sources.checkpoint, shards, folder, progress, checked=lambda: withdraw(folder))
         _write_graphs(graphs, folder)
         files = {name: record_file(folder / name) for name in (*graphs, *_copy_tokenizer(sources.folder, folder))}
-        packed = [] if sources.checkpoint is None else pack(sources.checkpoint, shards, folder, progress)
         files |= {shard.file: shard.record for shard in packed}
         if write_report(folder, packed):
             files[REPORT] = record_file(folder / REPORT)

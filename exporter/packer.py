@@ -37,13 +37,15 @@ def pack(
     bundle_dir: Path,
     progress: Progress | None = None,
     workers: int | None = None,
+    checked: Callable[[], None] = lambda: None,
 ) -> list[PackedShard]:
     """Writes the weight files `shards` of a bundle from `checkpoint` and returns their records in the same order.
 
     Each file appears whole or not at all, synced to the disk. A call after an interrupted one keeps the files that are
     finished, unless sources or layout have changed since. `progress` is called in the caller's thread. `workers` files
     are written at a time: unless told otherwise 4, or one for each processor (2 to 8) when weights are quantised. Each
-    takes 16 MB of buffers, and 10 MB for quantising.
+    takes 16 MB of buffers, and 10 MB for quantising. `checked` is called once sources and space are known to suffice,
+    before any file of the bundle changes.
 
     Raises AngelForgeError, before the first byte where that can be known: another process packs into this bundle, a
     tensor is missing, misshapen or of a type that cannot be converted, too little space; later: a full disk, a source
@@ -61,6 +63,7 @@ def pack(
         done = {s.file: record for s in shards if (record := journal.finished(s, origins[s.file])) is not None}
         missing = [shard for shard in shards if shard.file not in done]
         check_space(missing, bundle_dir, count)
+        checked()
         job = _Job(checkpoint, bundle_dir, journal, origins, files)
         job.packed = sum(record.size for record in done.values())
         done |= job.run(missing, count, sum(shard.size for shard in shards), progress)

@@ -74,3 +74,62 @@ def test_other_options_replace_the_bundle(tmp_path: Path) -> None:
         "layer-001.safetensors",
     ]
     Bundle.open(bundle.folder).verify()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the product catches it."""
+
+
+def test_a_bundle_whose_export_was_interrupted_is_no_bundle(tmp_path: Path) -> None:
+    """Weights of two fine-tunes look alike by name, size and header; a mix of them must never be run."""
+    first = write_checkpoint(tmp_path / "first", small_config(), seed=1)
+    second = write_checkpoint(tmp_path / "second", small_config(), seed=2)
+    bundle = tmp_path / "bundle"
+    export(str(first), bundle, ExportOptions())
+    before = contents(bundle)
+
+    def kill(done: int, total: int) -> None:
+        if any(contents(bundle).get(name) != digest for name, digest in before.items() if name.startswith("weights")):
+            raise Killed
+
+    with pytest.raises(Killed):
+        export(str(second), bundle, ExportOptions(), kill)
+    with pytest.raises(AngelForgeError, match="not a finished bundle"):
+        Bundle.open(bundle)
+    export(str(second), bundle, ExportOptions())
+    export(str(second), tmp_path / "fresh", ExportOptions())
+    assert contents(bundle) == contents(tmp_path / "fresh")
+
+
+def test_too_little_space_leaves_the_bundle_as_it_was(
+    tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(str(small_checkpoint), tmp_path / "bundle", ExportOptions())
+    before = contents(tmp_path / "bundle")
+    monkeypatch.setattr("angelforge.exporter.packer.check_space", refuse)
+    with pytest.raises(AngelForgeError, match="too little"):
+        export(str(small_checkpoint), tmp_path / "bundle", ExportOptions(precision=Precision.FP32))
+    assert contents(tmp_path / "bundle") == before
+
+
+def refuse(*arguments: object) -> None:
+    """In place of the check of a full disk."""
+    raise AngelForgeError("too little space")
+
+
+def test_nothing_but_a_bundle_is_written_over(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config())
+    with pytest.raises(UsageError, match="folder of its own"):
+        export(str(checkpoint), checkpoint, ExportOptions())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.onnx").write_text("mine")
+    with pytest.raises(UsageError, match="new or empty folder"):
+        export(str(checkpoint), tmp_path / "other", ExportOptions())
+    assert (tmp_path / "other" / "model.onnx").read_text() == "mine"
+
+
+def test_weights_are_not_disowned_by_a_graph(tmp_path: Path, small_checkpoint: Path) -> None:
+    export(str(small_checkpoint), tmp_path / "bundle", ExportOptions())
+    with pytest.raises(UsageError, match="--graph-only"):
+        export(str(small_checkpoint), tmp_path / "bundle", ExportOptions(graph_only=True))
+    assert Bundle.open(tmp_path / "bundle").weights_present
