@@ -1,8 +1,7 @@
 """Drives NVIDIA's own plugin classes of the real TensorRT 11 bindings on a machine without TensorRT and GPU.
 
-Run as a program: `nvidia_plugins.py PRECISION TOKENS…`, with LD_LIBRARY_PATH naming the folder of the empty libraries
-that `support/empty_tensorrt.py` makes. Prints JSON: for each operator of a dense and an expert layer, what TensorRT
-would get.
+Run as a program: `python -m support.nvidia_plugins PRECISION TOKENS…`, with LD_LIBRARY_PATH naming the folder of the
+empty libraries that `support/empty_tensorrt.py` makes. Prints JSON: for each operator what TensorRT would get.
 
 The compiled half of the bindings gives sizes only TensorRT can make; here they are replaced by plain Python ones that
 evaluate, before `tensorrt.plugin` is imported.
@@ -207,27 +206,35 @@ class _Extras:
 
 
 def nodes_of(precision: str) -> list[Node]:
-    """Every operator of a graph of two layers of the full model, once. Operators without a kernel are left out."""
+    """Every operator of the full model's layers and of its draft, once. What has no kernel is left out."""
     from angelforge.config import ModelConfig
+    from angelforge.draft_config import DraftConfig
     from angelforge.engines.shapes import concrete_shapes
-    from angelforge.exporter.graph import build_graph
+    from angelforge.exporter.graph import build_draft_graph, build_graph
     from angelforge.exporter.synthetic_config import FULL_CONFIG
+    from angelforge.exporter.synthetic_draft import FULL_DRAFT_CONFIG
     from angelforge.plugins.operator import DOMAIN
     from angelforge.plugins.registry import OPERATORS
     from angelforge.plugins.tensorrt.kernels import kernel_digest
     from angelforge.plugins.tensorrt.types import to_tensorrt
     from angelforge.precision import Precision
 
-    model = build_graph(ModelConfig.from_dict(FULL_CONFIG).with_layers(2), Precision(precision), 64, 32768)
+    config = ModelConfig.from_dict(FULL_CONFIG).with_layers(4)
+    captured = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3], "use_aux_hidden_state": True}}
+    draft = DraftConfig.from_dict(FULL_DRAFT_CONFIG | captured, config)
+    models = (
+        build_graph(config, Precision(precision), 64, 32768),
+        build_draft_graph(draft, config, Precision(precision), 64, 32768),
+    )
 
     @cache
-    def shapes(tokens: int) -> Any:
+    def shapes(index: int, tokens: int) -> Any:
         batch = min(tokens, 32)
         sizes = {"T": tokens, "B": batch, "B+1": batch + 1, "P": 512, "pages": 4000, "R": batch}
-        return concrete_shapes(model, sizes)
+        return concrete_shapes(models[index], sizes)
 
-    found = {}
-    for node in model.graph:
+    found: dict[str, Node] = {}
+    for i, node in ((i, node) for i, model in enumerate(models) for node in model.graph):
         if node.domain != DOMAIN or node.op_type in ("AllReduce", *found):
             continue
         operator, inputs = OPERATORS[node.op_type], [value for value in node.inputs if value is not None]
@@ -235,7 +242,7 @@ def nodes_of(precision: str) -> list[Node]:
             found[operator.name] = Node(
                 operator,
                 [[size if isinstance(size, int) else "?" for size in value.shape or ()] for value in inputs],
-                lambda tokens, inputs=inputs: [list(shapes(tokens)[value]) for value in inputs],
+                lambda tokens, i=i, inputs=inputs: [list(shapes(i, tokens)[value]) for value in inputs],
                 [to_tensorrt(trt, value.dtype) for value in inputs if value.dtype],
                 {str(name): attribute.value for name, attribute in node.attributes.items()},
             )
