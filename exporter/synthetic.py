@@ -27,6 +27,7 @@ __all__ = ["FULL_CONFIG", "small_config", "write_checkpoint", "write_sparse_chec
 
 _STORED = {"BF16": DType.BF16, "F32": DType.F32, "F16": DType.F16, "FP8": DType.BF16}
 _TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "FP8": "bfloat16"}
+_MARK = ".synthetic"  # a folder with this file may be written over
 _SHARD_BYTES = 5_000_000_000  # published checkpoints are cut into files of at most so much
 
 
@@ -45,7 +46,8 @@ def write_checkpoint(
     Values depend on `seed` alone: two types of the same seed differ by rounding only. `bias_dtype` is the stored type
     of the router's expert_bias. One shard is `model.safetensors`, more come with an index. No more than one tensor is
     held in memory. `tokenizer` adds a byte-level BPE tokenizer and a chat template. Raises UsageError for a vocabulary
-    too small for the tokenizer or for fewer than one shard, AngelForgeError when the folder cannot be written.
+    too small for the tokenizer, for fewer than one shard or a folder of other files, AngelForgeError when the folder
+    cannot be written.
     """
     folder = Path(folder)
     if shards < 1:
@@ -121,9 +123,15 @@ def _header(specs: Sequence[Spec]) -> bytes:
 
 
 def _prepare(folder: Path) -> None:
-    """An empty place for the checkpoint: weights of an earlier one would be read as part of this one."""
+    """An empty place for the checkpoint: weights of an earlier one would be read as part of this one.
+
+    Only what this module wrote is removed; raises UsageError for a folder that holds other files.
+    """
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / _MARK).exists():
+            raise UsageError(f"{folder} holds files that are not a synthetic checkpoint's. Name a new or empty folder.")
+        (folder / _MARK).touch()
         for pattern in ("config.json", "model*.safetensors", "model.safetensors.index.json"):
             for old in folder.glob(pattern):
                 old.unlink()

@@ -3,6 +3,7 @@
 import json
 import resource
 import tracemalloc
+from pathlib import Path
 
 import jinja2.sandbox
 import numpy as np
@@ -57,7 +58,8 @@ def test_the_safetensors_library_reads_the_same_values(tmp_path):
 
 def test_one_shard_is_a_single_file_without_an_index(tmp_path):
     write_checkpoint(tmp_path, SMALL, shards=1, tokenizer=False)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
+    found = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert found == {"model.safetensors", "config.json", "generation_config.json"}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7, 10_000])
@@ -257,3 +259,10 @@ def test_the_chat_template_wraps_each_message_in_its_role(written):
     system, human = "<role>SYSTEM</role>Be brief.<|role_end|>", "<role>HUMAN</role>Hello\n<|role_end|>"
     assert text == system + human + "<role>ASSISTANT</role>"
     assert template.render(messages=[{"role": "assistant", "content": "Hi"}]) == "<role>ASSISTANT</role>Hi<|role_end|>"
+
+
+def test_other_checkpoints_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="new or empty folder"):
+        write_checkpoint(tmp_path, small_config())
+    assert (tmp_path / "config.json").read_text() == "{}"
