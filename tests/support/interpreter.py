@@ -102,7 +102,18 @@ def exact_interpreter(
         _check(pointers, mask.data, write, "write")
         return store(self, pointers, value, mask, *rest, **named)
 
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        """The language's functions are replaced at the kernel's start, not again for every device function."""
+        languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if languages in patched:
+            return interpreter._LangPatchScope()
+        patched.add(languages)
+        return patch_lang(function)
+
     with (
+        mock.patch.object(interpreter, "_patch_lang", patch_once),
         mock.patch.object(interpreter, "_convert_float", convert_float),
         mock.patch.object(builder, "create_dot", ordered_dot if ordered else dot),
         mock.patch.object(builder, "create_masked_load", checked_load),
