@@ -6,8 +6,9 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 
-from angelforge.atomic import lock, write_atomic
+from angelforge.atomic import lock, remove_leftovers, write_atomic
 from angelforge.bundle import Bundle
+from angelforge.diskerrors import explained
 from angelforge.engines.manifest import DRAFT_FILE, FILE, EngineManifest, bundle_facts, engine_folder, file_digest
 from angelforge.engines.onnxruntime_graph import optimize
 from angelforge.engines.widen import widen_activations
@@ -28,8 +29,10 @@ def build_cpu(bundle: Bundle) -> EngineManifest:
         AngelForgeError: a graph cannot be built, another build of this engine is running, or the disk refuses.
     """
     folder = engine_folder(bundle, TARGET)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained("create", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
+        remove_leftovers(folder)
         if "draft" in bundle.manifest.graphs:
             _build(bundle, "draft", DRAFT_ENGINE, DRAFT_FILE)
         return _build(bundle, "target", ENGINE, FILE)

@@ -52,7 +52,7 @@ class SamplingParams:
         _number("temperature", self.temperature, lambda value: value >= 0, "0 or more")
         _number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
         _number("min_p", self.min_p, lambda value: 0 <= value <= 1, "from 0 to 1")
-        _number("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "above 0")
+        _number("repetition_penalty", self.repetition_penalty, lambda value: 0.01 <= value <= 100, "from 0.01 to 100")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise UsageError(

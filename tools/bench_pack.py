@@ -8,14 +8,23 @@ from typing import Any
 
 import click
 
+from angelforge.errors import UsageError
 from angelforge.precision import Precision
 from angelforge.tools.options import json_option
 from angelforge.tools.output import format_bytes, print_json, print_table
 
 
 @click.command()
-@click.option("--size", "sizes", type=float, multiple=True, help="GB of the checkpoint; repeat for several.")
-@click.option("--rounds", default=3, show_default=True, help="Copies and packings of each size, in turns.")
+@click.option(
+    "--size", "sizes", type=float, multiple=True, help="GB of the checkpoint, 0.7 at least; repeat for several."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Copies and packings of each size, in turns.",
+)
 @click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
@@ -34,6 +43,8 @@ def pack(sizes: tuple[float, ...], rounds: int, precision: str, folder: Path | N
     """
     from angelforge.exporter.measure import measure_packing
 
+    if not all(0 < size < 1e5 for size in sizes):  # also false for NaN
+        raise UsageError(f"--size is {', '.join(map(str, sizes))}, but sizes in GB above 0 are needed.")
     place = folder or Path(gettempdir())
     rows: list[dict[str, Any]] = []
     for size in sizes or (1.0,):

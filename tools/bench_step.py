@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @bundle_argument
 @click.option("--target", default="cpu", show_default=True, help="Which engine of the bundle.")
 @click.option("--prompt", default=96, show_default=True, help="Tokens of the prefill.")
-@click.option("--rounds", default=50, show_default=True, help="Calls to take the median of.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=50, show_default=True, help="Calls to take the median of."
+)
 @json_option
 def step(bundle: Path, target: str, prompt: int, rounds: int, as_json: bool) -> None:
     """Time a prefill and a decode step after it, of one sequence; host work around the call is not counted.

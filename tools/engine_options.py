@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from angelforge.errors import UsageError
+from angelforge.machine import cores
 
 
 def _bytes(context: click.Context, parameter: click.Parameter, value: float | None) -> int | None:
@@ -13,6 +14,13 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: float | No
     if not 0 < value < 1e9:
         raise UsageError(f"--kv-memory-gb is {value:g}, but a number of GB above 0 is needed.")
     return int(value * 1e9)
+
+
+def _threads(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    most = 4 * cores()
+    if value is not None and value > most:
+        raise UsageError(f"--threads is {value}, but more than {most} only hinder each other on {cores()} cores.")
+    return value
 
 
 target_option = click.option("--target", default="cpu", show_default=True, help="The target whose engine is used.")
@@ -26,4 +34,6 @@ kv_memory_option = click.option(
     help="Memory of the KV cache in GB (10⁹ bytes). Default: what is needed, at most a quarter of what is free.",
 )
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), callback=_threads, help="CPU threads. Default: all cores."
+)

@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import IO, Any
 
 import click
@@ -102,6 +105,24 @@ def import_error_message(error: ImportError) -> str | None:
 
 
 @contextmanager
+def _noticing(interrupts: list[int]) -> Iterator[None]:
+    """Notes every Ctrl-C in `interrupts`; otherwise Python's own handler does what it does."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
 def failures_as_messages(style: ErrorStyle) -> Iterator[None]:
     """Turn the errors that users can meet into `Failure`s. What is left (a bug) keeps its traceback.
 
@@ -113,8 +134,10 @@ def failures_as_messages(style: ErrorStyle) -> Iterator[None]:
             traceback.print_exc()
         return kind(message, style.as_json)
 
+    interrupts: list[int] = []
     try:
-        yield
+        with _noticing(interrupts):
+            yield
     except click.UsageError as error:
         raise WrongOptions(error, style.as_json) from None
     except UsageError as error:
@@ -131,6 +154,8 @@ def failures_as_messages(style: ErrorStyle) -> Iterator[None]:
         told = f" ({error})" if str(error) else ""
         raise failure(f"out of memory{told}. Free memory or take a smaller model, batch or context.") from None
     except ImportError as error:
+        if interrupts:  # a C extension that is interrupted while it is imported raises this instead
+            raise failure("interrupted", Interrupted) from None
         if (message := import_error_message(error)) is None:
             raise
         raise failure(message) from None

@@ -49,6 +49,8 @@ def score(
     """
     from angelforge.runtime.llm import LLM
 
+    if output.is_dir() or output.absolute() == tokens.absolute():
+        raise UsageError(f"--output is {str(output)!r}, but the name of a .npy file of its own is needed.")
     lists = read_token_lists(tokens)
     if len(lists) != 1:
         raise UsageError(f"{tokens} holds {len(lists)} lists of token ids, but one was expected.")
