@@ -31,6 +31,7 @@ TRITON_TYPES: dict[ir.DataType, str] = {
     ir.DataType.INT32: "i32",
     ir.DataType.BOOL: "i1",
 }
+COMPILER = f"Triton {triton.__version__}"
 ALIGNMENT = 16  # bytes, of every pointer
 # What may be raised for a tile that a kernel or Triton cannot take; Triton's passes raise RuntimeError.
 COMPILE_ERRORS: tuple[type[Exception], ...] = (TritonError, RuntimeError, ValueError, AngelForgeError)

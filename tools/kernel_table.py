@@ -1,17 +1,19 @@
 """Compiles the kernels of AntAngelMed's graph for a GPU that need not be there, and tabulates their machine code.
 
-`python -m angelforge.tools.kernel_table` prints docs/kernels-sm90.md. It needs triton and no GPU, and takes a minute,
-then seconds from Triton's cache.
+`python -m angelforge.tools.kernel_table --page docs/kernels-sm90.md` brings that page up to date. It needs triton and
+no GPU, and takes a minute, then seconds from Triton's cache.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 import onnx_ir as ir
 
+from angelforge.atomic import write_atomic
 from angelforge.config import ModelConfig
 from angelforge.exporter.graph import build_graph
 from angelforge.exporter.synthetic_config import FULL_CONFIG
@@ -24,6 +26,7 @@ from angelforge.precision import Precision
 PROFILES = (8, 64, 256, 8192)  # most tokens of a call
 PAGE_SIZE = 64
 WEIGHTS = ("weight", "table", "gate", "down", "kv_cache")  # the input whose sizes a row shows
+STEP = ("T", "pages")  # symbols that a step or a pool decides
 WITHOUT_KERNEL = ("AllReduce",)  # removed for one rank, a native layer for several
 
 
@@ -81,7 +84,9 @@ def rows(operator: Operator, binding: Binding) -> Iterator[Row]:
     for tokens in PROFILES:
         tiles.setdefault(kernel.tile(binding.dims, tokens), []).append(tokens)
     weight = next((port for port in operator.inputs if port.name in WEIGHTS), operator.inputs[0])
-    sizes = "×".join(str(binding.dims[symbol]) for symbol in weight.shape if isinstance(symbol, str) and symbol != "T")
+    sizes = "×".join(
+        str(binding.dims[symbol]) for symbol in weight.shape if isinstance(symbol, str) and symbol not in STEP
+    )
     for tile, profiles in tiles.items():
         code = compile_kernel(kernel, binding, tile)
         yield Row(
@@ -99,11 +104,11 @@ def rows(operator: Operator, binding: Binding) -> Iterator[Row]:
 
 
 def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_size: bool = False) -> dict[str, Any]:
-    """All rows by precision, and the version of Triton that compiled them.
+    """All rows by precision, and the compiler that made them.
 
     Of these operators, or of all; with `one_size` of each only the first of the sizes that the graph has.
     """
-    import triton
+    from angelforge.plugins.compile import COMPILER
 
     found: dict[str, list[dict[str, Any]]] = {}
     for precision in precisions:
@@ -111,9 +116,10 @@ def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_si
         if one_size:
             chosen = list({operator.name: (operator, binding) for operator, binding in reversed(chosen)}.values())[::-1]
         found[precision.value] = [asdict(row) for node in chosen for row in rows(*node)]
-    return {"triton": triton.__version__, "architecture": "sm_90a", "precisions": found}
+    return {"compiler": COMPILER, "architecture": "sm_90a", "precisions": found}
 
 
+FIRST_TABLE = "### "  # where the tables of the page begin
 COLUMNS = ("instructions", "wgmma e4m3", "wgmma bf16", "mma.sync f16", "fp8 to f16", "16-byte loads")
 HEAD = ("operator", "sizes", "tokens ≤", "tile m×n×k, warps, stages", "registers", "shared", "spills", *COLUMNS)
 
@@ -122,7 +128,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The tables of docs/kernels-sm90.md."""
     lines = []
     for precision, entries in found["precisions"].items():
-        lines += [f"### {precision}, Triton {found['triton']}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
+        lines += [f"{FIRST_TABLE}{precision}, {found['compiler']}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
         for row in entries:
             tile = row["tile"]
             shape = f"{tile['m']}×{tile['n']}×{tile['k']}, {tile['warps']}, {tile['stages']}"
@@ -141,11 +147,20 @@ def _line(cells: Sequence[Any]) -> str:
 @click.argument("precisions", nargs=-1, type=click.Choice(["fp8", "bf16"]))
 @click.option("--operator", "operators", multiple=True, help="This operator only; may be given several times.")
 @click.option("--one-size", is_flag=True, help="Of each operator the first size only.")
+@click.option(
+    "--page", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Replace the tables of this page."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def kernel_table(precisions: tuple[str, ...], operators: tuple[str, ...], one_size: bool, as_json: bool) -> None:
+def kernel_table(
+    precisions: tuple[str, ...], operators: tuple[str, ...], one_size: bool, page: Path | None, as_json: bool
+) -> None:
     """Tabulate the machine code of all kernels for sm_90a."""
     found = table([Precision(name) for name in precisions or ("fp8", "bf16")], operators, one_size)
-    click.echo(json.dumps(found) if as_json else markdown(found))
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        write_atomic(page, text[: text.index(FIRST_TABLE)] + markdown(found))
+    else:
+        click.echo(json.dumps(found) if as_json else markdown(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The machine code of every kernel for sm_90a, compiled without a GPU, in a process without Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from angelforge.tools.kernel_table import markdown
+
+pytest.importorskip("triton")
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "kernels-sm90.md"
+STATIC_SHARED = 48 * 1024  # bytes that a block may use without asking for more: TensorRT may not ask
+DECODE_TOKENS = 64
+FP8_MATMULS = {"Fp8Linear", "Fp8GateUp", "Fp8MoEGateUp", "Fp8MoEDown"}
+QUANTISERS = {"NormQuantize", "AddNormQuantize", "Fp8GateUp", "Fp8MoEGateUp", "AttentionMergeQuantize"}
+BF16_MATMULS = {"Linear", "GateUp", "MoEGateUp", "MoEDown"}
+
+
+@cache
+def rows(precision: str, *options: str) -> dict[str, Any]:
+    """The table of one precision."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "angelforge.tools.kernel_table", "--json", precision, *options]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def breaks(row: dict[str, Any]) -> list[str]:
+    """What a row must not be."""
+    counts, name = row["counts"], f"{row['operator']} {row['tile']}"
+    wrong = {
+        "spills": row["spills"] > 0,
+        "has scratch buffers, which TensorRT does not give": row["scratch"] > 0,
+        "has a decode tile of more than 48 KB": min(row["profiles"]) <= DECODE_TOKENS and row["shared"] > STATIC_SHARED,
+        "multiplies in TF32": counts["mma.sync tf32"] > 0,
+        "widens FP8 to f16": counts["fp8 to f16"] > 0,
+    }
+    if row["operator"] in FP8_MATMULS:
+        wrong["has no FP8 tensor-core instruction"] = counts["wgmma e4m3"] == 0
+        wrong["multiplies in f16 or bf16"] = counts["mma.sync f16"] + counts["mma.sync bf16"] + counts["wgmma bf16"] > 0
+    if row["operator"] in BF16_MATMULS:
+        wrong["has no bf16 wgmma"] = counts["wgmma bf16"] == 0
+    if row["operator"] in FP8_MATMULS | BF16_MATMULS:
+        wrong["has no 16-byte loads"] = counts["16-byte loads"] == 0
+    if row["operator"] in QUANTISERS:
+        wrong["divides inexactly before it quantises"] = counts["ieee divisions"] == 0
+        wrong["has no saturating cast to FP8"] = counts["f32 to fp8"] == 0
+    return [f"{name} {what}" for what, is_so in wrong.items() if is_so]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_machine_code_of_every_tile(precision: str) -> None:
+    """FP8 and bf16 matmuls run on Hopper's tensor cores as such, nothing spills, decode tiles fit in 48 KB."""
+    found = rows(precision, "--one-size")["precisions"][precision]
+    assert [what for row in found for what in breaks(row)] == []
+    assert (FP8_MATMULS if precision == "fp8" else BF16_MATMULS) <= {row["operator"] for row in found}
+
+
+def test_breaks_are_seen() -> None:
+    """The test above sees each kind of break."""
+    counts = dict.fromkeys(["mma.sync tf32", "fp8 to f16", "mma.sync f16", "mma.sync bf16", "wgmma bf16"], 0)
+    good = {"operator": "Fp8Linear", "tile": {}, "spills": 0, "scratch": 0, "profiles": [8], "shared": STATIC_SHARED}
+    good["counts"] = {**counts, "wgmma e4m3": 4, "16-byte loads": 9, "ieee divisions": 1, "f32 to fp8": 1}
+    assert breaks(good) == []
+    for key, value in {"spills": 1, "scratch": 8, "shared": STATIC_SHARED + 1}.items():
+        assert len(breaks({**good, key: value})) == 1
+    for key, value in {**dict.fromkeys(counts, 1), "wgmma e4m3": 0, "16-byte loads": 0}.items():
+        assert len(breaks({**good, "counts": {**good["counts"], key: value}})) == 1
+    for key in ("ieee divisions", "f32 to fp8"):
+        counts = {**good["counts"], key: 0}
+        assert len(breaks({**good, "operator": "NormQuantize", "counts": counts})) == 1
+
+
+def recorded(found: dict[str, Any]) -> list[str]:
+    """Lines of the table that the page does not have; none where the page was made with another Triton."""
+    text = DOC.read_text(encoding="utf-8")
+    if found["compiler"] not in text:
+        return []
+    return [line for line in markdown(found).splitlines() if line not in text.splitlines()]
+
+
+UPDATE = "Run `python -m angelforge.tools.kernel_table --page docs/kernels-sm90.md`, and read the difference."
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_the_page_shows_what_is_compiled(precision: str) -> None:
+    """docs/kernels-sm90.md stands for this code, where the same Triton is installed."""
+    assert recorded(rows(precision, "--one-size")) == [], UPDATE
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_machine_code_for_all_sizes_of_the_model(precision: str) -> None:
+    """The same for every size that an operator has in the graph."""
+    found = rows(precision)
+    assert [what for row in found["precisions"][precision] for what in breaks(row)] == []
+    assert recorded(found) == [], UPDATE
