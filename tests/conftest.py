@@ -1,6 +1,7 @@
 """What all tests share: hypothesis profiles and small models. Helpers in `tests/support`: `from support.x import y`."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 # Triton decides when a kernel is imported whether it is interpreted: all of this process's are, and what needs compiled
 # kernels runs in a process of its own (support/compiled.py).
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell's background job is started with Ctrl-C ignored, and every process below it inherits that: tests press Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run of `make test`, so that it never fails by chance; `make test-full` looks for new ones.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)

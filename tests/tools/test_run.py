@@ -186,7 +186,7 @@ def test_control_c_in_a_chat_ends_with_code_130_and_no_traceback(bundle: Path) -
         process.stdin.flush()
         process.stdout.readline()  # it has answered and waits for the next line
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(120) == 130
         assert process.stderr.read() == b"interrupted\n"
 
 
