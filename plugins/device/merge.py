@@ -18,13 +18,17 @@ from angelforge.plugins.kernel import Gpu, Tile
 
 @triton.jit
 def _sequence_of(query_start, token, batch, chunk: tl.constexpr):
-    """The sequence that owns row `token`: −1 before all of them, `batch` after them. Any integers are safe."""
-    found = batch + 1
+    """(sequence that owns row `token`, its first row); −1 before all of them, `batch` after them.
+
+    Of starts that do not rise it makes what `device.sequences` makes of them.
+    """
+    found, begin = batch + 1, 0
     for first in range(0, batch + 1, chunk):
         index = first + tl.arange(0, chunk)
         start = tl.load(query_start + index, mask=index <= batch, other=0)
         found = tl.minimum(found, tl.min(tl.where((index <= batch) & (start > token), index, batch + 1)))
-    return found - 1
+        begin = tl.maximum(begin, tl.max(tl.where(index < found, start, 0)))
+    return found - 1, begin
 
 
 @triton.jit
@@ -32,13 +36,12 @@ def _parts_of(
     query_start, kv_length, partial_start, token, batch, capacity, split_length: tl.constexpr, chunk: tl.constexpr
 ):
     """(row of the token's first part, int64; how many parts, −1 if the token stands in `direct`)."""
-    sequence = _sequence_of(query_start, token, batch, chunk)
+    sequence, begin = _sequence_of(query_start, token, batch, chunk)
     inside = (sequence >= 0) & (sequence < batch)
     first = tl.load(partial_start + sequence, mask=inside, other=-1)
-    start = tl.load(query_start + sequence, mask=inside, other=0)
     length = tl.maximum(tl.load(kv_length + sequence, mask=inside, other=0), 0)
     parts = length // split_length + (length % split_length > 0).to(tl.int32)
-    row = first + (token - tl.maximum(start, 0)).to(tl.int64) * parts
+    row = first + (token - begin).to(tl.int64) * parts
     return row, tl.where(first < 0, -1, tl.minimum(tl.maximum(capacity - row, 0), parts).to(tl.int32))
 
 
