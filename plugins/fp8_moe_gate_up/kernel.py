@@ -9,7 +9,7 @@ import triton.language as tl
 
 from angelforge.plugins.device.expert_launch import expert_constants, expert_grid, require_fp8_tile
 from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
-from angelforge.plugins.device.fp8 import fp8_gate_up
+from angelforge.plugins.device.fp8_narrow import fp8_gate_up_narrow
 from angelforge.plugins.device.fp8_wide import fp8_gate_up_wide
 from angelforge.plugins.device.numbers import group_scale
 from angelforge.plugins.fp8_moe_gate_up.operator import FP8_MOE_GATE_UP
@@ -52,8 +52,8 @@ def _fp8_moe_gate_up(
         target, valid = entry.to(tl.int64), entry >= 0
         gate_e, gate_s, up_e, up_s = gate + weights, gate_scale + scales, up + weights, up_scale + scales
         if m < 64:
-            fp8_gate_up(
-                x, x_scale, token, gate_e, gate_s, up_e, up_s, begin * n, tokens, inner, inner_scale, target, valid,
+            fp8_gate_up_narrow(
+                x, x_scale, token, gate_e, gate_s, up_e, up_s, begin, tokens, inner, inner_scale, target, valid,
                 channels, depth, m, k,
             )  # fmt: skip
         else:
