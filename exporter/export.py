@@ -60,8 +60,14 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
         AngelForgeError: the checkpoint is damaged or not of this architecture, or the disk refuses.
         UsageError: the options contradict the checkpoint.
     """
-    sources = Sources.open(source, options.draft, options.layers, options.graph_only, TOKENIZER_FILES)
-    sources = sources.with_rope_scaling(options.rope_scaling)
+    sources = Sources.open(
+        source,
+        options.draft,
+        layers=options.layers,
+        rope_scaling=options.rope_scaling,
+        graph_only=options.graph_only,
+        extra_files=TOKENIZER_FILES,
+    )
     config, draft = sources.config, sources.draft
     precision = options.precision or natural_precision(config)
     max_context = context_limit(config, options.max_context)

@@ -27,19 +27,30 @@ class Sources:
 
     @classmethod
     def open(
-        cls, source: str, draft: str | None, layers: int | None, graph_only: bool, extra_files: Sequence[str]
+        cls,
+        source: str,
+        draft: str | None,
+        *,
+        layers: int | None,
+        rope_scaling: str | None,
+        graph_only: bool,
+        extra_files: Sequence[str],
     ) -> Sources:
         """Opens and checks both checkpoints; with `graph_only` nothing but their configurations.
 
-        `extra_files` of the target are fetched too where it is a Hub id. Raises AngelForgeError for a checkpoint that
-        is damaged, not of this architecture, or a draft of another target.
+        The target is cut to its first `layers` and stretched by `rope_scaling` where they are given. `extra_files` of
+        it are fetched too where it is a Hub id. Raises AngelForgeError for a checkpoint that is damaged, not of this
+        architecture, or a draft of another target.
         """
         if graph_only:
-            return _configurations(source, draft, layers, extra_files)
+            folder = locate(source, (*CONFIG_FILES, *extra_files))
+            config = ModelConfig.load(folder)
+            config = _supported(config if layers is None else config.with_layers(layers), rope_scaling)
+            drafted = None if draft is None else DraftConfig.load(locate(draft, CONFIG_FILES), config)
+            return cls(folder, config, drafted, None)
         checkpoint = Checkpoint.open(source, layers)
         checkpoint.check()
-        config = checkpoint.config
-        _check_supported(config)
+        config = _supported(checkpoint.config, rope_scaling)
         if draft is None:
             return cls(checkpoint.folder, config, None, checkpoint)
         opened = DraftCheckpoint.open(draft, config)
@@ -47,22 +58,8 @@ class Sources:
         both = {**checkpoint.tensors, **draft_sources(opened)}
         return cls(checkpoint.folder, config, opened.config, dataclasses.replace(checkpoint, tensors=both))
 
-    def with_rope_scaling(self, request: str | None) -> Sources:
-        """The same with the target's context stretched, for example by ``yarn:4``."""
-        if request is None:
-            return self
-        return dataclasses.replace(self, config=self.config.with_rope_scaling(request))
 
-
-def _configurations(source: str, draft: str | None, layers: int | None, extra_files: Sequence[str]) -> Sources:
-    folder = locate(source, (*CONFIG_FILES, *extra_files))
-    config = ModelConfig.load(folder)
-    config = config if layers is None else config.with_layers(layers)
-    _check_supported(config)
-    drafted = None if draft is None else DraftConfig.load(locate(draft, CONFIG_FILES), config)
-    return Sources(folder, config, drafted, None)
-
-
-def _check_supported(config: ModelConfig) -> None:
+def _supported(config: ModelConfig, rope_scaling: str | None) -> ModelConfig:
     if not config.use_qk_norm:
         raise UsageError("The checkpoint has use_qk_norm false; only models with QK-norm can be exported.")
+    return config if rope_scaling is None else config.with_rope_scaling(rope_scaling)

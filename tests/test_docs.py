@@ -1,8 +1,8 @@
 """What README and docs show works: their examples are run, their links lead somewhere, their tables are complete.
 
 A fenced block marked `console` is run line by line (the lines that begin with `$ `), one marked `python` as a
-program, all blocks of a page in order in one folder, where `AntAngelMed` is a small checkpoint. Blocks marked `sh` or
-`text` are only shown.
+program, all blocks of a page in order in one folder, where `AntAngelMed` is a small checkpoint and `AntAngelMed-EAGLE3`
+a random draft for it. Blocks marked `sh` or `text` are only shown.
 """
 
 import os
@@ -17,6 +17,7 @@ import click
 import pytest
 from support.sources import ROOT
 
+from angelforge.exporter.synthetic_draft import write_draft
 from angelforge.tools.cli import main
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -48,6 +49,7 @@ def examples(page: Path) -> list[Example]:
 def test_examples_work(page: Path, small_checkpoint: Path, tmp_path: Path) -> None:
     """Every example of a page ends with code 0, in the order in which a reader would try them."""
     shutil.copytree(small_checkpoint, tmp_path / "AntAngelMed")
+    write_draft(tmp_path / "AntAngelMed-EAGLE3", small_checkpoint)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for example in examples(page):
         result = subprocess.run(

@@ -179,7 +179,7 @@ def test_no_path_of_one_machine() -> None:
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
-    """What setuptools would install is every source file in its place, the types' marker and the tuning table."""
+    """What setuptools would install is every source file in its place, the types' marker, the tuning table, the toy."""
     code = "from setuptools import setup; setup()"
     arguments = ["-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, check=False)
@@ -187,4 +187,5 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     built = {file.relative_to(tmp_path / "lib").as_posix() for file in (tmp_path / "lib").rglob("*") if file.is_file()}
     sources = {source.name for source in SOURCES}
     expected = {name if name.startswith("angelforge/") else f"angelforge/{name}" for name in sources}
-    assert built == expected | {"angelforge/py.typed", "angelforge/plugins/tuning.json"}
+    toy = {f"angelforge/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "tools/toy/checkpoints").glob("*/*")}
+    assert built == expected | toy | {"angelforge/py.typed", "angelforge/plugins/tuning.json"}

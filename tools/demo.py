@@ -1,4 +1,4 @@
-"""`angelforge demo`: the whole way with a small random model, in one command."""
+"""`angelforge demo`: the whole way with a toy model and its draft, in one command."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from angelforge.tools.options import json_option
 from angelforge.tools.output import format_bytes, format_seconds, print_json, print_table
 
 if TYPE_CHECKING:
-    from angelforge.runtime.llm import LLM
+    from angelforge.tools.demo_answers import Answers
 
-PROMPTS = ("The patient reports a dry cough since Monday.", "Take one tablet", "Blood pressure 140/90,")
 TOLERANCE = 2e-5  # of logits, relative to the largest
+NOTICE = "The answers are those of a toy that was trained on invented calls. They have no medical value."
 
 
 @dataclass
@@ -45,10 +45,11 @@ class Journey:
 )
 @json_option
 def demo(folder: Path, as_json: bool) -> None:
-    """Make, compile and run a small random model of AntAngelMed's architecture.
+    """Compile and run a toy model of AntAngelMed's architecture, and its EAGLE3 draft.
 
-    Writes a checkpoint as Hugging Face lays it out, exports it, builds the CPU engine, generates with it, and compares
-    its logits with an independent NumPy implementation of the model. Its weights are random, so its text means nothing.
+    Exports the two checkpoints that come with AngelForge, builds the CPU engines, lets the toy answer a few callers
+    without and with the draft, and compares its logits with an independent NumPy implementation of the model. The toy
+    has 2.5 million parameters and was trained on invented calls: it has no medical value.
 
     \b
     Example:
@@ -56,44 +57,36 @@ def demo(folder: Path, as_json: bool) -> None:
     """
     from angelforge.engines.cpu import build_cpu, engine_folder
     from angelforge.exporter.export import ExportOptions, export
-    from angelforge.exporter.synthetic import small_config, write_checkpoint
-    from angelforge.runtime.llm import LLM
+    from angelforge.tools.demo_answers import answer, compare
+    from angelforge.tools.toy import DRAFT, MODEL
 
-    journey = Journey()
-    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
-    with journey.step("write a checkpoint") as notes:
-        config = small_config()
-        write_checkpoint(checkpoint, config)
-        notes += [f"{config['num_hidden_layers']} layers, {config['num_experts']} experts, bf16", str(checkpoint)]
-    with journey.step("export it") as notes:
-        opened = export(str(checkpoint), bundle, ExportOptions())
+    journey, bundle = Journey(), folder / "bundle"
+    with journey.step("export the toy and its draft") as notes:
+        opened = export(str(MODEL), bundle, ExportOptions(draft=str(DRAFT)))
         weights = sum(record.size for name, record in opened.manifest.files.items() if name.startswith("weights/"))
-        notes += [f"graph and {format_bytes(weights)} of weights", str(bundle)]
-    with journey.step("build its engine") as notes:
+        model = opened.manifest.model
+        told = f"{model.num_hidden_layers} layers, {model.num_experts} experts, {format_bytes(weights)} of weights"
+        notes += [told, str(bundle)]
+    with journey.step("build their engines") as notes:
         engine = engine_folder(opened, "cpu") / build_cpu(opened).engine
         notes += [f"{format_bytes(engine.stat().st_size)}, without weights", str(engine)]
-    with journey.step("load it") as notes:
-        llm = LLM(bundle)
-        notes += ["weights mapped from their files"]
-    with llm:
-        texts = _generate(llm, journey)
-        error = _compare(llm, checkpoint, journey)
+    with journey.step("answer without the draft") as notes:
+        plain = answer(bundle, speculate=0)
+        notes += [plain.describe()]
+    with journey.step("answer with the draft") as notes:
+        drafted = answer(bundle, speculate=4)
+        notes += [drafted.describe()]
+    with journey.step("compare with the reference") as notes:
+        error, told = compare(bundle, MODEL, drafted)
+        notes += [told]
     if as_json:
-        print_json(
-            {
-                "steps": [dict(zip(("step", "result", "seconds", "path"), row, strict=True)) for row in journey.rows],
-                "texts": texts,
-                "relative_error": error,
-            }
-        )
+        print_json(_facts(journey, plain, drafted, error))
     else:
-        for prompt, text in zip(PROMPTS, texts, strict=True):
-            click.echo(f"{prompt!r} → {text!r}")
-        print_table(
-            ("step", "result", "time", "where"),
-            [(name, result, format_seconds(seconds), path) for name, result, seconds, path in journey.rows],
+        _tell(journey, plain, drafted, bundle)
+    if plain.tokens != drafted.tokens:
+        raise AngelForgeError(
+            "With the draft other tokens came out than without. Please report this with: angelforge doctor --json"
         )
-        click.echo(f'Next: {sys.argv[0]} run {bundle} --prompt "Good morning"')
     if error > TOLERANCE:
         raise AngelForgeError(
             f"The logits differ from the reference by {error:.1e} of the largest, expected at most {TOLERANCE:.0e}. "
@@ -101,27 +94,35 @@ def demo(folder: Path, as_json: bool) -> None:
         )
 
 
-def _generate(llm: LLM, journey: Journey) -> list[str]:
-    from angelforge.runtime.sampling import SamplingParams
+def _tell(journey: Journey, plain: Answers, drafted: Answers, bundle: Path) -> None:
+    from angelforge.tools.speculation_text import describe
 
-    with journey.step("generate") as notes:
-        begin = perf_counter()
-        outputs = llm.generate(list(PROMPTS), SamplingParams(max_tokens=24, ignore_eos=True))
-        count = sum(len(output.token_ids) for output in outputs)
-        notes += [f"{count} tokens for {len(PROMPTS)} prompts at once, {count / (perf_counter() - begin):.0f} tokens/s"]
-    return [output.text for output in outputs]
+    for question, text in drafted.texts:
+        click.echo(f"  caller: {question}\n     toy: {text}\n")
+    click.echo(NOTICE)
+    print_table(
+        ("step", "result", "time", "where"),
+        [(name, result, format_seconds(seconds), path) for name, result, seconds, path in journey.rows],
+    )
+    if drafted.report is not None:
+        click.echo(describe(drafted.report))
+    same = "the same" if plain.tokens == drafted.tokens else "NOT the same"
+    calls = f"{plain.calls_per_100:.0f} without the draft, {drafted.calls_per_100:.0f} with it"
+    faster = f"{plain.seconds / drafted.seconds:.1f} times as fast here"
+    click.echo(f"target calls for 100 tokens: {calls} ({faster}); the tokens are {same}")
+    click.echo(f"Next: {sys.argv[0]} run {bundle} --chat")
 
 
-def _compare(llm: LLM, checkpoint: Path, journey: Journey) -> float:
-    """The largest difference between the engine's and the reference's logits, relative to the largest logit."""
-    import numpy as np
+def _facts(journey: Journey, plain: Answers, drafted: Answers, error: float) -> dict[str, object]:
+    from dataclasses import asdict
 
-    from angelforge.runtime.validate.reference import load_reference
-
-    with journey.step("compare with the reference") as notes:
-        ids = list(np.random.default_rng(0).integers(0, llm.config.vocab_size, 96))
-        found, expected = llm.score(ids), load_reference(checkpoint).logits(ids)
-        error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        same = int((found.argmax(-1) == expected.argmax(-1)).sum())
-        notes += [f"{len(ids)} positions: largest error {error:.1e}, same best token at {same}"]
-    return error
+    return {
+        "notice": NOTICE,
+        "steps": [dict(zip(("step", "result", "seconds", "path"), row, strict=True)) for row in journey.rows],
+        "answers": [{"question": question, "answer": text} for question, text in drafted.texts],
+        "relative_error": error,
+        "same_tokens": plain.tokens == drafted.tokens,
+        "target_calls_per_100_tokens": {"without_draft": plain.calls_per_100, "with_draft": drafted.calls_per_100},
+        "speedup": plain.seconds / drafted.seconds,
+        "speculation": None if drafted.report is None else asdict(drafted.report),
+    }
