@@ -1,4 +1,4 @@
-"""e4m3 products for few rows: weights on the tensor core's wide side, and as little as possible between two loads.
+"""Gate and up in one e4m3 product, for few rows: as little as possible happens between two loads.
 
 Sums are those of `device.fp8`: blocks of 128 by the tensor core, added in f32 in the order of K. A block comes in parts
 of k columns, so that 48 KB of shared memory hold enough loads under way; what happens once a block stands in a branch,
@@ -89,36 +89,3 @@ def _store_halves(low, high, first, inner, inner_scale, targets, valid, channels
     tl.store(target, tl.trans(quantize(low, scale[None, :])), mask)
     mask = valid[:, None] & (channel + 64 < channels)[None, :]
     tl.store(target + 64, tl.trans(quantize(high, scale[None, :])), mask)
-
-
-@triton.jit
-def fp8_matmul_narrow(
-    x,
-    x_scale,
-    rows,
-    w,
-    w_scale,
-    first,
-    unknown,
-    channels: tl.constexpr,
-    depth: tl.constexpr,
-    m: tl.constexpr,
-    n: tl.constexpr,
-    k: tl.constexpr,
-):
-    """f32 [m, n]: rows of x [., depth] times weight rows first … first + n − 1 (n and k divide 128)."""
-    parts: tl.constexpr = 128 // k
-    groups: tl.constexpr = (depth + 127) // 128
-    x_tile = x + rows[:, None] * depth + tl.arange(0, k)[None, :]
-    channel = tl.minimum(first + tl.arange(0, n), channels - 1).to(tl.int64)
-    w_tile = w + channel[:, None] * depth + tl.arange(0, k)[None, :]
-    block, total = tl.zeros((n, m), tl.float32), tl.zeros((n, m), tl.float32)
-    for step in range(opaque(groups * parts, unknown)):
-        x_part = _part(x_tile, step * k, depth, k)
-        block = tl.dot(_part(w_tile, step * k, depth, k), tl.trans(x_part), block)
-        if step % parts == parts - 1:
-            group = step // parts
-            scale = tl.load(x_scale + rows * groups + group) * tl.load(w_scale + first // 128 * groups + group)
-            total += block * scale[None, :]
-            block = tl.zeros((n, m), tl.float32)
-    return tl.trans(total)

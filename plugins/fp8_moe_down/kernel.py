@@ -9,7 +9,7 @@ import triton.language as tl
 
 from angelforge.plugins.device.expert_launch import expert_constants, expert_grid, require_fp8_tile
 from angelforge.plugins.device.experts import fill_unowned, piece_of_work, pieces_of_work, tile_ends
-from angelforge.plugins.device.fp8_narrow import fp8_matmul_narrow
+from angelforge.plugins.device.fp8 import fp8_matmul
 from angelforge.plugins.device.fp8_wide import fp8_matmul_wide
 from angelforge.plugins.fp8_moe_down.operator import FP8_MOE_DOWN
 from angelforge.plugins.kernel import Kernel, Tile
@@ -48,7 +48,7 @@ def _fp8_moe_down(
         row, valid = tl.maximum(entry, 0).to(tl.int64), entry >= 0
         if m < 64:
             first = begin * n
-            value = fp8_matmul_narrow(inner, inner_scale, row, weights, scales, first, tokens, channels, depth, m, n, k)
+            value = fp8_matmul(inner, inner_scale, row, weights, scales, first, tokens, channels, depth, m, n, k)
             channel = first + tl.arange(0, n)
             mask = valid[:, None] & (channel < channels)[None, :]
             target = expert_out + entry.to(tl.int64)[:, None] * channels + channel[None, :]
