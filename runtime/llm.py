@@ -102,7 +102,9 @@ class LLM:
         self.config = engine.config
         self.max_context = engine.max_context
         self._limits = Limits(engine.page_size, engine.num_pages, engine.max_context, max_batch, max_tokens_per_step)
-        self._speculator = None if draft is None else Speculator(draft, self._limits, speculate)
+        self._speculator = None
+        if draft is not None and speculate != 0:
+            self._speculator = Speculator(draft, self._limits, speculate)
         self._stepper = Stepper(engine, self._limits, self._speculator)
 
     @property
