@@ -25,13 +25,21 @@ def for_each_expert(
     order, starts, ends = _sorted_by_expert(op, expert_ids, size(op, weights[0], 0))
     shape = op.Concat(size(op, order, 0), width, axis=0)
     empty = op.ConstantOfShape(shape, value=ir.tensor([0.0], dtype=FLOAT))
+    no_entries = op.ConstantOfShape([0, 1], value=ir.tensor([0], dtype=INT64))
+    no_rows = rows(op, empty, 0, 0)
 
-    def one_expert(op: OpBuilder, state: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value) -> ir.Value:
-        entries = rows(op, order, op.Unsqueeze(start, [0]), op.Unsqueeze(end, [0]))
-        has_rows = subgraph(op, lambda op: compute(op, entries, *expert), [], [_f32()], "rows")
-        no_rows = subgraph(op, lambda op: rows(op, state, 0, 0), [], [_f32()], "none")
-        result = op.If(op.Less(start, end), then_branch=has_rows, else_branch=no_rows)
-        return op.ScatterND(state, op.Unsqueeze(entries, [1]), result)
+    def one_expert(
+        op: OpBuilder, state: ir.Value, used: ir.Value, start: ir.Value, end: ir.Value, *expert: ir.Value
+    ) -> ir.Value:
+        def of_entries(op: OpBuilder) -> tuple[ir.Value, ir.Value]:
+            entries = rows(op, order, op.Unsqueeze(start, [0]), op.Unsqueeze(end, [0]))
+            return op.Unsqueeze(entries, [1]), compute(op, entries, *expert)
+
+        # Most experts are idle in a decode step: what they cost is the time of the step.
+        idle = subgraph(op, lambda op: (op.Identity(no_entries), op.Identity(no_rows)), [], _found(), "idle")
+        busy = subgraph(op, of_entries, [], _found(), "busy")
+        places, result = op.If(used, then_branch=busy, else_branch=idle, _outputs=2)
+        return op.ScatterND(state, places, result)
 
     names = count()
     body = subgraph(
@@ -39,6 +47,7 @@ def for_each_expert(
         one_expert,
         [
             ir.val("state", FLOAT, [None, None]),
+            ir.val("used", ir.DataType.BOOL, []),
             ir.val("start", INT64, []),
             ir.val("end", INT64, []),
             *(ir.val(f"weight_{next(names)}") for _ in weights),
@@ -46,7 +55,7 @@ def for_each_expert(
         [ir.val(None, FLOAT, [None, None])],
         "expert",
     )
-    result = op.Scan(empty, starts, ends, *weights, body=body, num_scan_inputs=2 + len(weights))
+    result = op.Scan(empty, op.Less(starts, ends), starts, ends, *weights, body=body, num_scan_inputs=3 + len(weights))
     return op.Reshape(result, op.Concat(op.Shape(expert_ids), width, axis=0))
 
 
@@ -65,5 +74,5 @@ def _sorted_by_expert(op: OpBuilder, expert_ids: ir.Value, experts: ir.Value) ->
     return order, rows(op, op.Sub(ends, counts), 0, -1), rows(op, ends, 0, -1)
 
 
-def _f32() -> ir.Value:
-    return ir.val(None, FLOAT)
+def _found() -> list[ir.Value]:
+    return [ir.val(None, INT64), ir.val(None, FLOAT)]
