@@ -1,6 +1,5 @@
 """Builds a bundle's TensorRT engines for a target, draft and target as a pair, each with a manifest beside it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -12,12 +11,12 @@ from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
 from angelforge.engines.limits import BuildOptions, draft_depth
 from angelforge.engines.manifest import (
-    DRAFT_FILE,
-    FILE,
+    MANIFESTS,
     EngineManifest,
     bundle_facts,
     engine_folder,
     graph_facts,
+    remove_older_engines,
 )
 from angelforge.engines.preparation import Prepared, PreparedGraph, prepare_build
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
@@ -32,7 +31,6 @@ from angelforge.plugins.tensorrt.library import Library, load_library
 from angelforge.targets import Target
 
 TIMING_CACHE = "timing.cache"
-MANIFESTS = {"target": FILE, "draft": DRAFT_FILE}
 LOGS = {"target": "build.log", "draft": "draft.log"}
 _PREFIXES = {"target": "model", "draft": "draft"}
 _DRAFT_SHARE = 0.1  # of the time that a build of both takes
@@ -66,7 +64,7 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
             done += share
         for manifest, graph in zip(made, prepared.graphs, strict=True):
             write_atomic(job.folder / MANIFESTS[graph.role], manifest.to_json())
-        _remove_older_engines(job.folder, {manifest.engine for manifest in made})
+        remove_older_engines(job.folder, {manifest.engine for manifest in made})
     return made[-1]
 
 
@@ -145,10 +143,3 @@ def _check_gpu(gpu: GpuFacts, target: Target) -> None:
             f"{target.name} has {target.architecture} and {target.sms} SMs. Build on such a machine, or name the "
             "target that this GPU is."
         )
-
-
-def _remove_older_engines(folder: Path, current: Iterable[str]) -> None:
-    for path in folder.glob("*.engine"):
-        if path.name not in current:
-            with explained("remove", path):
-                path.unlink(missing_ok=True)

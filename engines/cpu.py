@@ -1,7 +1,8 @@
 """Builds the engine of target `cpu`: an optimised ONNX graph beside its manifest; the weights stay where they are."""
 
+from hashlib import sha256
+from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -9,21 +10,28 @@ import onnxruntime
 from angelforge.atomic import lock, remove_leftovers, write_atomic
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
-from angelforge.engines.manifest import DRAFT_FILE, FILE, EngineManifest, bundle_facts, engine_folder, file_digest
+from angelforge.engines.manifest import (
+    MANIFESTS,
+    EngineManifest,
+    bundle_facts,
+    engine_folder,
+    file_digest,
+    graph_facts,
+    remove_older_engines,
+)
 from angelforge.engines.onnxruntime_graph import optimize
 from angelforge.engines.widen import widen_activations
 
-__all__ = ["DRAFT_ENGINE", "ENGINE", "TARGET", "build_cpu", "engine_folder", "open_draft_engine", "open_engine"]
+__all__ = ["TARGET", "build_cpu", "engine_folder", "open_draft_engine", "open_engine"]
 
-ENGINE = "model.onnx"
-DRAFT_ENGINE = "draft.onnx"
 TARGET = "cpu"
 
 
 def build_cpu(bundle: Bundle) -> EngineManifest:
     """Optimises the bundle's graphs for this machine's ONNX Runtime; bf16 is widened to f32 on the way.
 
-    A draft is built with its target, as a pair: each manifest names the other's graph. Returns the target's.
+    A draft is built with its target, as a pair: each manifest names the other's graph. Returns the target's. An
+    interrupted build leaves the last good engines.
 
     Raises:
         AngelForgeError: a graph cannot be built, another build of this engine is running, or the disk refuses.
@@ -33,31 +41,34 @@ def build_cpu(bundle: Bundle) -> EngineManifest:
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
         remove_leftovers(folder)
-        if "draft" in bundle.manifest.graphs:
-            _build(bundle, "draft", DRAFT_ENGINE, DRAFT_FILE)
-        return _build(bundle, "target", ENGINE, FILE)
+        made = {role: _build(bundle, role, folder) for role in MANIFESTS if role in bundle.manifest.graphs}
+        for role, manifest in made.items():
+            write_atomic(folder / MANIFESTS[role], manifest.to_json())
+        remove_older_engines(folder, {manifest.engine for manifest in made.values()})
+    return made["target"]
 
 
-def _build(bundle: Bundle, role: str, engine: str, file: str) -> EngineManifest:
+def _build(bundle: Bundle, role: str, folder: Path) -> EngineManifest:
+    """Builds and writes one engine, named by its content: the last good one, which its manifest names, stays."""
     begin = perf_counter()
-    folder = engine_folder(bundle, TARGET)
-    graph = bundle.folder / bundle.manifest.graphs[role]
-    model = ir.load(graph)
+    graph = bundle.manifest.graphs[role]
+    model = ir.load(bundle.folder / graph)
     widen_activations(model)
-    write_atomic(folder / engine, optimize(model))
-    manifest = EngineManifest(
+    engine = optimize(model)
+    digest = sha256(engine).hexdigest()
+    name = f"{Path(graph).stem}-{digest[:16]}.onnx"
+    write_atomic(folder / name, engine)
+    return EngineManifest(
         target=TARGET,
         backend="onnxruntime",
         backend_version=onnxruntime.__version__,
-        engine=engine,
-        engine_digest=file_digest(folder / engine),
-        graph_digest=file_digest(graph),
+        engine=name,
+        engine_digest=digest,
+        engine_bytes=len(engine),
         seconds=round(perf_counter() - begin, 3),
         **bundle_facts(bundle),
-        **_pair(bundle, role),
+        **graph_facts(bundle, role),
     )
-    write_atomic(folder / file, manifest.to_json())
-    return manifest
 
 
 def open_engine(bundle: Bundle) -> bytes:
@@ -66,27 +77,18 @@ def open_engine(bundle: Bundle) -> bytes:
     Raises:
         AngelForgeError: no engine, a damaged one, or one made for something else; the message says which.
     """
-    return _open(bundle, "target", FILE)
+    return _open(bundle, "target")
 
 
 def open_draft_engine(bundle: Bundle) -> bytes:
     """The same for the engine of the bundle's draft, which must have been built beside this target."""
-    return _open(bundle, "draft", DRAFT_FILE)
+    return _open(bundle, "draft")
 
 
-def _open(bundle: Bundle, role: str, file: str) -> bytes:
+def _open(bundle: Bundle, role: str) -> bytes:
     folder = engine_folder(bundle, TARGET)
-    manifest = EngineManifest.load(folder, file)
+    manifest = EngineManifest.load(folder, MANIFESTS[role])
     manifest.require({"backend": "onnxruntime", "backend_version": onnxruntime.__version__, **bundle_facts(bundle)})
-    manifest.require(_pair(bundle, role))
-    manifest.require({"graph_digest": file_digest(bundle.folder / bundle.manifest.graphs[role])})
+    manifest.require(graph_facts(bundle, role))
     manifest.require({"engine_digest": file_digest(folder / manifest.engine)})
     return (folder / manifest.engine).read_bytes()
-
-
-def _pair(bundle: Bundle, role: str) -> dict[str, Any]:
-    """What ties the engines of a target and its draft together: the digest of the other's graph."""
-    graphs = bundle.manifest.graphs
-    draft = file_digest(bundle.folder / graphs["draft"]) if "draft" in graphs else None
-    target = file_digest(bundle.folder / graphs["target"]) if role == "draft" else None
-    return {"draft_digest": draft, "target_digest": target}

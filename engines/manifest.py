@@ -1,7 +1,7 @@
 """`manifest.json` beside every engine: what it was made from and for, compared before it is loaded."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from angelforge.errors import AngelForgeError
 FORMAT = 1
 FILE = "manifest.json"
 DRAFT_FILE = "draft.json"  # the manifest of the draft's engine
+MANIFESTS = {"draft": DRAFT_FILE, "target": FILE}  # by role
 
 # How a difference is told: what the engine has, what is needed.
 _DIFFERENCES = {
@@ -146,6 +147,14 @@ def graph_facts(bundle: Bundle, role: str) -> dict[str, Any]:
 def engine_folder(bundle: Bundle, target: str) -> Path:
     """Where the engine for `target` stands in a bundle."""
     return bundle.folder / "engines" / target
+
+
+def remove_older_engines(folder: Path, current: Collection[str]) -> None:
+    """Removes the engines in `folder` whose names are not in `current`."""
+    for path in folder.iterdir():
+        if path.suffix in (".engine", ".onnx") and path.name not in current:
+            with explained("remove", path):
+                path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -5,8 +5,8 @@ from hashlib import sha256
 
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
-from angelforge.engines.build import MANIFESTS, kernel_digests
-from angelforge.engines.manifest import EngineManifest, bundle_facts, engine_folder, graph_facts
+from angelforge.engines.build import kernel_digests
+from angelforge.engines.manifest import MANIFESTS, EngineManifest, bundle_facts, engine_folder, graph_facts
 from angelforge.engines.profiles import Profile
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.registry import OPERATORS

@@ -18,7 +18,8 @@ from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 def opsets(bundle: Bundle) -> set[int]:
     """Versions of ONNX's own operators that the CPU engine asks for."""
-    model = onnx.load(engine_folder(bundle, "cpu") / "model.onnx", load_external_data=False)
+    (engine,) = engine_folder(bundle, "cpu").glob("*.onnx")
+    model = onnx.load(engine, load_external_data=False)
     return {item.version for item in model.opset_import if item.domain == ""}
 
 

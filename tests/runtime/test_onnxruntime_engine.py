@@ -62,7 +62,7 @@ def test_a_bundle_without_weights_can_be_built_but_not_run(tmp_path: Path, small
 
 def test_a_changed_engine_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, options=FP32)[1]
-    engine = tmp_path / "bundle" / "engines" / "cpu" / "model.onnx"
+    (engine,) = (tmp_path / "bundle" / "engines" / "cpu").glob("*.onnx")
     engine.write_bytes(engine.read_bytes()[:-1])
     with pytest.raises(AngelForgeError, match=r"not the file that was built.*angelforge build --target cpu"):
         OnnxRuntimeEngine(bundle, 4)
