@@ -20,6 +20,8 @@ from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 from angelforge.plugins.tensorrt.launches import plan_launch
 
+_FIRST_WITH_FP8 = 89  # Ada; Hopper is 90
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -55,6 +57,8 @@ def check_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu) -> Non
         return
     for call in _calls(model, profiles):
         kernel = find_kernel(call.operator)
+        if ir.DataType.FLOAT8E4M3FN in call.types and int(gpu.architecture.removeprefix("sm_")) < _FIRST_WITH_FP8:
+            raise call.refused(ValueError(f"FP8 needs sm_{_FIRST_WITH_FP8} or newer, the GPU is {gpu.architecture}"))
         try:
             binding = call.bind()
             tile = kernel.tile(binding.dims, binding.dims["T"])

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copyfile
 
 import onnx_ir as ir
 
 from angelforge import __version__
-from angelforge.atomic import atomic_file, lock, write_atomic
+from angelforge.atomic import lock, write_atomic
 from angelforge.bundle import Bundle, Manifest, record_file
 from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
@@ -21,6 +20,7 @@ from angelforge.exporter.packer import Progress, pack, remove_stale
 from angelforge.exporter.quantization_report import FILE as REPORT
 from angelforge.exporter.quantization_report import write_report
 from angelforge.exporter.sources import Sources
+from angelforge.exporter.tokenizer_files import TOKENIZER_FILES, check_tokenizer, copy_tokenizer
 from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 from angelforge.precision import Precision, natural_precision
@@ -28,14 +28,6 @@ from angelforge.precision import Precision, natural_precision
 PAGE_SIZE = 64  # tokens of a page of the KV pool
 GRAPH = "model.onnx"
 DRAFT_GRAPH = "draft.onnx"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -80,6 +72,7 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
     for model in graphs.values():
         locate_weights(model, locate(tensors, shards))
 
+    check_tokenizer(sources.folder)
     check_destination(folder, options.graph_only)
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +83,7 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
         else:
             packed = pack(sources.checkpoint, shards, folder, progress, checked=lambda: withdraw(folder))
         _write_graphs(graphs, folder)
-        files = {name: record_file(folder / name) for name in (*graphs, *_copy_tokenizer(sources.folder, folder))}
+        files = {name: record_file(folder / name) for name in (*graphs, *copy_tokenizer(sources.folder, folder))}
         files |= {shard.file: shard.record for shard in packed}
         if write_report(folder, packed):
             files[REPORT] = record_file(folder / REPORT)
@@ -121,14 +114,6 @@ def _write_graphs(graphs: Mapping[str, ir.Model], folder: Path) -> None:
 def _operators_used(models: Iterable[ir.Model]) -> dict[str, int]:
     nodes = (node for model in models for node in model.graph if node.domain == DOMAIN)
     return {node.op_type: OPERATORS[node.op_type].version for node in nodes}
-
-
-def _copy_tokenizer(origin: Path, folder: Path) -> list[str]:
-    names = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
-    for name in names:
-        with explained("copy", origin / name), atomic_file(folder / name) as temporary:
-            copyfile(origin / name, temporary)
-    return names
 
 
 def _as_stored(config: ModelConfig, precision: Precision) -> ModelConfig:

@@ -14,6 +14,7 @@ from angelforge.draft_config import DraftConfig
 from angelforge.errors import UsageError
 from angelforge.exporter.draft_layout import draft_sources
 from angelforge.hub import CONFIG_FILES, locate
+from angelforge.manifest import FILE as BUNDLE_FILE
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,12 @@ class Sources:
         it are fetched too where it is a Hub id. Raises AngelForgeError for a checkpoint that is damaged, not of this
         architecture, or a draft of another target.
         """
+        if (Path(source) / BUNDLE_FILE).is_file():
+            raise UsageError(f"{source} is a bundle already; what is exported is a checkpoint.")
         if graph_only:
-            folder = locate(source, (*CONFIG_FILES, *extra_files))
-            config = ModelConfig.load(folder)
+            file = Path(source) if Path(source).is_file() else None
+            folder = file.parent if file else locate(source, (*CONFIG_FILES, *extra_files))
+            config = ModelConfig.load(file or folder)
             config = _supported(config if layers is None else config.with_layers(layers), rope_scaling)
             drafted = None if draft is None else DraftConfig.load(locate(draft, CONFIG_FILES), config)
             return cls(folder, config, drafted, None)

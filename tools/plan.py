@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
-from angelforge.errors import UsageError
+from angelforge.errors import AngelForgeError, UsageError
 from angelforge.machine import memory
 from angelforge.precision import Precision, natural_precision
 from angelforge.targets import TARGETS, Target, get_target
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json
 from angelforge.tools.plan_model import read_model
+from angelforge.tools.plan_operators import check_operators
 from angelforge.tools.plan_report import print_comparison, print_model, print_plan
 
 
@@ -43,7 +45,8 @@ def plan(
     """Say what a model needs, whether it fits on a target, and the physical limit of its decoding.
 
     CHECKPOINT is a folder, a config.json or a Hub id (of which only the configuration is downloaded). No weights are
-    read; a folder's headers are checked against its configuration.
+    read; a folder's headers are checked against its configuration, and the kernels are asked whether they serve its
+    sizes.
 
     \b
     Example:
@@ -55,14 +58,30 @@ def plan(
     if sizes["max_context"] is None:
         sizes["max_context"] = config.max_context
     targets = [get_target(target)] if target else _comparable(sizes["tensor_parallel"])
-    plans = [
-        make_plan(PlanRequest(config, chosen, t, memory_bytes=_memory_bytes(t, memory_gb), **sizes)) for t in targets
-    ]
+    requests = [PlanRequest(config, chosen, t, memory_bytes=_memory_bytes(t, memory_gb), **sizes) for t in targets]
+    plans = [make_plan(request) for request in requests]
+    for note in _operator_notes(requests):
+        click.echo(f"note: {note}", err=True)
     if as_json:
         print_json({"model": model.to_dict(), "plans": [item.to_dict() for item in plans]})
         return
     print_model(model)
     print_plan(plans[0]) if target else print_comparison(plans)
+
+
+def _operator_notes(requests: Sequence[PlanRequest]) -> list[str]:
+    """What the kernels say of a model; what one target's cannot serve is an error, of several targets a note."""
+    found: dict[str, list[str]] = {}
+    for request in requests:
+        try:
+            note = check_operators(request)
+        except AngelForgeError as error:
+            if len(requests) == 1:
+                raise
+            note = str(error)
+        if note is not None:
+            found.setdefault(note, []).append(request.target.name)
+    return [f"{', '.join(names)}: {note}" for note, names in found.items()]
 
 
 def _comparable(ranks: int) -> list[Target]:

@@ -292,6 +292,8 @@ def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: 
         raise ValueError(
             f"PagedAttention's kernel needs a split_length in multiples of {_KEYS}, got {dims['split_length']}"
         )
+    if dims["D"] < 16 or dims["D"] & (dims["D"] - 1):
+        raise ValueError(f"PagedAttention's kernel needs a head_dim that is a power of two from 16, got {dims['D']}")
     return {
         "heads": dims["Hq"],
         "kv_heads": dims["Hkv"],

@@ -44,6 +44,32 @@ def test_only_config_is_read_for_the_graph(tmp_path: Path) -> None:
     assert export(str(tmp_path), tmp_path / "bundle", ExportOptions(graph_only=True)).manifest.weights == "absent"
 
 
+def test_the_graph_alone_may_come_from_the_file(tmp_path: Path, small_checkpoint: Path) -> None:
+    """config.json itself, or the folder that it stands in: the same bundle."""
+    graph_only = ExportOptions(graph_only=True)
+    bundles = [
+        export(str(source), tmp_path / name, graph_only)
+        for name, source in (("a", small_checkpoint), ("b", small_checkpoint / "config.json"))
+    ]
+    assert bundles[0].manifest == bundles[1].manifest
+
+
+def test_a_bundle_is_no_checkpoint(tmp_path: Path, small_checkpoint: Path) -> None:
+    """Exporting a bundle is a mistake with a name."""
+    bundle = export(str(small_checkpoint), tmp_path / "bundle", ExportOptions(graph_only=True))
+    with pytest.raises(UsageError, match="is a bundle already"):
+        export(str(bundle.folder), tmp_path / "other", ExportOptions())
+
+
+def test_a_broken_tokenizer_is_refused_before_packing(tmp_path: Path) -> None:
+    """What could not be read when the bundle runs is said before the weights are packed."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(num_hidden_layers=2))
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(AngelForgeError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        export(str(checkpoint), tmp_path / "bundle", ExportOptions())
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_longer_contexts_than_trained_need_yarn(tmp_path: Path, small_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match=r"512 positions.*--rope-scaling yarn:4"):
         export(str(small_checkpoint), tmp_path / "bundle", ExportOptions(max_context=2000))

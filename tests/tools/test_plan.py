@@ -1,6 +1,7 @@
 """`angelforge plan`: from the command line, on real shapes without a byte of weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner, Result
 
+from angelforge.config import ModelConfig
+from angelforge.engines.plan_types import PlanRequest
+from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint
 from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.precision import Precision
+from angelforge.targets import get_target
 from angelforge.tools.cli import main
+from angelforge.tools.plan_operators import check_operators
 
 
 def run(*arguments: object) -> Result:
@@ -86,8 +93,8 @@ def test_the_checkpoints_own_precision_is_the_default(tmp_path: Path, torch_dtyp
     """And --precision overrides it."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps(small_config(torch_dtype=torch_dtype)))
-    assert json.loads(run(file, "--target", "h20", "--json").output)["plans"][0]["precision"] == precision
-    other = run(file, "--target", "h20", "--json", "--precision", "fp32").output
+    assert json.loads(run(file, "--target", "cpu", "--json").output)["plans"][0]["precision"] == precision
+    other = run(file, "--target", "cpu", "--json", "--precision", "fp32").output
     assert json.loads(other)["plans"][0]["precision"] == "fp32"
 
 
@@ -141,3 +148,39 @@ def test_memory_can_be_given(full: Path) -> None:
 def test_help_has_an_example() -> None:
     """As every command."""
     assert "angelforge plan AntAngelMed-FP8 --target h20" in run("--help").output
+
+
+def changed(folder: Path, **keys: Any) -> Path:
+    """A config.json of the full model with other values."""
+    file = folder / "changed.json"
+    file.write_text(json.dumps({**FULL_CONFIG, **keys}))
+    return file
+
+
+def test_what_no_kernel_serves_is_refused_by_operator(tmp_path: Path) -> None:
+    """A head that no kernel takes: the operator's name, before anything is exported; a CPU takes it."""
+    config = changed(tmp_path, head_dim=48)
+    result = run(config, "--target", "h200")
+    assert result.exit_code == 1
+    assert "layers.0/attention" in result.output and "(QKVPrepare)" in result.output and "head_dim 48" in result.output
+    assert run(config, "--target", "cpu", "--memory-gb", 500).exit_code == 0
+    compared = run(config)
+    assert compared.exit_code == 0
+    assert compared.output.count("QKVPrepare") == 2  # layer and operator, in one note for all targets
+
+
+def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    """Without QK-norm there is no graph."""
+    result = run(changed(tmp_path, use_qk_norm=False), "--target", "h20")
+    assert result.exit_code == 2
+    assert "use_qk_norm" in result.output
+
+
+def test_gpus_without_fp8_are_refused_for_fp8(tmp_path: Path) -> None:
+    """Ampere has no FP8 arithmetic: the first operator that needs it is named."""
+    config = ModelConfig.load(changed(tmp_path)).with_layers(2)
+    ampere = replace(get_target("h20"), architecture="sm_80", sms=108)
+    request = PlanRequest(config, Precision.FP8, ampere, 4096)
+    with pytest.raises(AngelForgeError, match=r"\(Fp8Linear\).*FP8 needs sm_89 or newer, the GPU is sm_80"):
+        check_operators(request)
+    assert check_operators(replace(request, precision=Precision.BF16)) is None
