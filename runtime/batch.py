@@ -12,6 +12,7 @@ from angelforge.errors import AngelForgeError
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.batch import Float32, Int64
 from angelforge.runtime.chat import ChatTemplate, Message
+from angelforge.runtime.constraint import Constraint
 from angelforge.runtime.depth import Depth
 from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.engines import DraftEngine, Engine, load_draft, load_engine
@@ -105,7 +106,7 @@ class LLM:
         self._speculator = None
         if draft is not None and speculate != 0:
             self._speculator = Speculator(draft, self._limits, speculate)
-        self._stepper = Stepper(engine, self._limits, self._speculator)
+        self.stepper = Stepper(engine, self._limits, self._speculator)
 
     @property
     def speculation(self) -> SpeculationReport | None:
@@ -161,6 +162,38 @@ class LLM:
         # The template writes begin tokens itself.
         return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
 
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        outbox: deque[Delta],
+        *,
+        index: int = 0,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """A request for `Stepper.add`, whose deltas come to `outbox` with this `index`; nothing of it runs yet.
+
+        It may be called from any thread. Raises AngelForgeError where it could not be run.
+        """
+        ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.max_context)
+        params.bias.check(self.config.vocab_size)
+        end_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids.update(self.config.eos_token_ids)
+        text = None
+        if self.tokenizer is not None:
+            # Special tokens are not part of the text: one that is given as a stop string is found by its id.
+            special_ids = map(self.tokenizer.special_id, params.stop)
+            end_ids.update(token for token in special_ids if token is not None)
+            text = TextStream(self.tokenizer, params.stop)
+        elif params.stop:
+            raise UsageError("Stop strings were given, but the bundle has no tokenizer.json. Use stop_token_ids.")
+        # The token after the last position of the context can be chosen, but not computed on.
+        max_length = min(ids.shape[0] + params.max_tokens, self.max_context + 1)
+        request = Request(index, ids, params, max_length, outbox, frozenset(end_ids), text, constraint)
+        self.stepper.scheduler.check(request)
+        return request
+
     def score(self, prompt: Prompt) -> Float32:
         """The logits at every position of a prompt, f32 [n, vocab]. Raises AngelForgeError if it cannot be run."""
         return np.concatenate([piece.copy() for piece in self.score_pieces(prompt)])
@@ -193,7 +226,9 @@ class LLM:
         try:
             for index, prompt in enumerate(prompts):
                 try:
-                    requests.append(self._submit(index, prompt, params[index], outbox))
+                    request = self.make_request(prompt, params[index], outbox, index=index)
+                    self.stepper.add(request)
+                    requests.append(request)
                 except AngelForgeError as error:
                     refusal = RequestOutput("", (), (), "error", str(error), Timings(None, 0.0))
                     outbox.append(Delta(index, "", (), refusal))
@@ -203,34 +238,15 @@ class LLM:
                     delta = outbox.popleft()
                     left -= delta.output is not None
                     yield delta
-                if left and self._open() and not self._stepper.step():
+                if left and self._open() and not self.stepper.step():
                     raise AngelForgeError("The KV cache is in use by a `score_pieces` that was not finished or closed.")
         finally:
             for request in requests:
                 if not request.finished:
-                    self._stepper.end(request)
-
-    def _submit(self, index: int, prompt: Prompt, params: SamplingParams, outbox: deque[Delta]) -> Request:
-        ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.max_context)
-        end_ids = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_ids.update(self.config.eos_token_ids)
-        text = None
-        if self.tokenizer is not None:
-            # Special tokens are not part of the text: one that is given as a stop string is found by its id.
-            special_ids = map(self.tokenizer.special_id, params.stop)
-            end_ids.update(token for token in special_ids if token is not None)
-            text = TextStream(self.tokenizer, params.stop)
-        elif params.stop:
-            raise UsageError("Stop strings were given, but the bundle has no tokenizer.json. Use stop_token_ids.")
-        # The token after the last position of the context can be chosen, but not computed on.
-        max_length = min(ids.shape[0] + params.max_tokens, self.max_context + 1)
-        request = Request(index, ids, params, max_length, outbox, frozenset(end_ids), text)
-        self._stepper.scheduler.add(request)
-        return request
+                    self.stepper.end(request)
 
     def _score(self, ids: Int64) -> Iterator[Float32]:
-        limits, pool = self._limits, self._stepper.scheduler.pool
+        limits, pool = self._limits, self.stepper.scheduler.pool
         engine = self._open()
         lease = pool.lease(limits.pages_for(ids.shape[0]))
         if lease is None:

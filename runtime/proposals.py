@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from angelforge.runtime.batch import Int64
+from angelforge.runtime.batch import Bool, Float32, Int64
+from angelforge.runtime.distribution import adjust, choices
 from angelforge.runtime.engines import DraftEngine
-from angelforge.runtime.sampler import Drawing, draw
-from angelforge.runtime.sampling import candidates
+from angelforge.runtime.history import History
+from angelforge.runtime.sampler import Drawing, draw, is_argmax
 from angelforge.runtime.verification import Shares
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """A history in the draft's numbering."""
+
+    ids: Int64
+    counts: Float32
 
 
 class Proposer:
@@ -25,19 +36,38 @@ class Proposer:
 
         `likeliest` is the draft's first choice; prompt, output and `chain` stand before the token.
         """
-        params = request.params
-        if params.greedy and params.repetition_penalty == 1.0:
+        if is_argmax(request):
             return likeliest, None
-        history = self._names_of(np.concatenate([request.known, np.array(chain, np.int64)]))
-        found, probabilities = candidates(self._draft.logits()[row], params, history)
+        found, probabilities = choices(self._adjusted(self._draft.logits()[row], request, chain), request.params)
         if found.shape[0] == 0:  # no finite logits: any token will do, for the target checks it
             return likeliest, None
         ids = self._draft.vocabulary[found]
-        if params.greedy:
+        if request.params.greedy:
             return int(ids[0]), None
         return draw(ids, probabilities, request.rng), Shares(ids, probabilities)
 
-    def _names_of(self, ids: Int64) -> Int64:
-        """The draft's tokens for `ids` [m] of the target; those that it does not know are left out."""
-        known: Int64 = self._names[ids[ids < self._names.shape[0]]]
-        return known[known >= 0]
+    def _adjusted(self, logits: Float32, request: Drawing, chain: list[int]) -> Float32:
+        """The draft's logits after bias and penalties, of what the chain says too."""
+        params, history = request.params, request.history
+        if not params.logit_bias and not params.penalizes:
+            return logits
+        changed = logits.copy()
+        known, names = self._names_of(params.bias.ids)
+        seen = None if history is None else self._named(history, chain)
+        adjust(changed, params, names, params.bias.values_f32[known], seen)
+        return changed
+
+    def _named(self, history: History, chain: list[int]) -> _Named:
+        for token in chain:
+            history.add(token)
+        known, names = self._names_of(history.ids)
+        seen = _Named(names, history.counts[known])
+        for token in reversed(chain):
+            history.take_back(token)
+        return seen
+
+    def _names_of(self, ids: Int64) -> tuple[Bool, Int64]:
+        """Which of the target's `ids` [m] the draft knows, and its tokens for those."""
+        names = np.where(ids < self._names.shape[0], self._names[np.minimum(ids, self._names.shape[0] - 1)], -1)
+        known = names >= 0
+        return known, names[known]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from angelforge.runtime.batch import Float32, Int64
-from angelforge.runtime.sampling import Float64, SamplingParams, candidates
+from angelforge.runtime.constraint import Constraint, UInt32
+from angelforge.runtime.distribution import Float64, adjusted, candidates
+from angelforge.runtime.history import History
+from angelforge.runtime.sampling import SamplingParams
 
 
 class Drawing(Protocol):
@@ -16,26 +19,32 @@ class Drawing(Protocol):
 
     params: SamplingParams
     rng: np.random.Generator  # the request's own: what else runs does not move it
-
-    @property
-    def known(self) -> Int64:
-        """Ids of prompt and output so far, int64 [m]."""
+    history: History | None  # of prompt and output so far, where something is penalised
+    constraint: Constraint | None
 
 
-def sample(logits: Float32, requests: Sequence[Drawing]) -> Int64:
+def sample(logits: Any, requests: Sequence[Drawing]) -> Int64:
     """One token id for each request, int64 [R], from its row of `logits` f32 [R, vocab].
 
-    −1 where nothing can come: the row has no finite largest logit. A row's result depends on its request alone.
+    A NumPy array is sampled here, a torch tensor where it lies. −1 where nothing can come: the row has no finite
+    largest logit. A row's result depends on its request alone.
     """
-    ids = logits.argmax(axis=1)
-    for row, request in enumerate(requests):
-        params = request.params
-        if params.greedy and params.repetition_penalty == 1.0:
-            if not np.isfinite(logits[row, ids[row]]):
-                ids[row] = -1
-        else:
-            ids[row] = _draw(logits[row], request)
-    return ids
+    if isinstance(logits, np.ndarray):
+        return _sample_on_host(logits, requests)
+    from angelforge.runtime.device_sampling import sample_on_device  # needs torch
+
+    return sample_on_device(logits, requests)
+
+
+def is_argmax(request: Drawing) -> bool:
+    """Whether a request always takes the largest of its raw logits."""
+    params = request.params
+    return params.greedy and not params.penalizes and not params.logit_bias and request.constraint is None
+
+
+def mask_of(request: Drawing) -> UInt32 | None:
+    """What the request's constraint allows next, None without one."""
+    return None if request.constraint is None else request.constraint.mask()
 
 
 def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
@@ -46,8 +55,22 @@ def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
     return int(ids[np.searchsorted(sums, rng.random() * sums[-1], side="right")])
 
 
+def _sample_on_host(logits: Float32, requests: Sequence[Drawing]) -> Int64:
+    ids = np.empty(len(requests), np.int64)
+    for row, request in enumerate(requests):
+        values = logits[row]
+        if request.params.greedy:
+            if not is_argmax(request):
+                values = adjusted(values, request.params, request.history, mask_of(request))
+            best = int(values.argmax())
+            ids[row] = best if np.isfinite(values[best]) else -1
+        else:
+            ids[row] = _draw(values, request)
+    return ids
+
+
 def _draw(logits: Float32, request: Drawing) -> int:
-    ids, probabilities = candidates(logits, request.params, request.known)
+    ids, probabilities = candidates(logits, request.params, request.history, mask_of(request))
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
     return draw(ids, probabilities, request.rng)

@@ -21,6 +21,8 @@ class Scheduled:
     request: Request
     piece: Piece
     proposed: tuple[int, ...] = ()
+    scoring: int = 0  # rows of logits that tell logprobs of the prompt; they come first
+    wants: bool = False  # whether the rows after those give tokens
 
 
 class Scheduler:
@@ -36,15 +38,18 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    def add(self, request: Request) -> None:
-        """Queues a request; raises UsageError if the cache could not hold its longest output even alone."""
-        tokens = request.max_length - 1  # the last token is never computed
-        if self.limits.pages_for(tokens) > self.pool.capacity:
+    def check(self, request: Request) -> None:
+        """Raises UsageError if the cache could not hold a request's longest output even alone."""
+        if self.limits.pages_for(request.cache_length) > self.pool.capacity:
             raise UsageError(
                 f"The prompt has {request.prompt_length} tokens and up to {request.max_length - request.prompt_length} "
                 f"are to follow, but the KV cache holds {self.limits.cache_tokens} tokens. Ask for fewer tokens, or "
                 "give the cache more memory."
             )
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises UsageError as `check`."""
+        self.check(request)
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -75,7 +80,7 @@ class Scheduler:
             budget -= step[-1].piece.tokens.shape[0]
         while budget > 0 and self.waiting and len(self.running) < limits.max_batch:
             request = self.waiting[0]
-            request.lease = self.pool.lease(limits.pages_for(request.max_length - 1))
+            request.lease = self.pool.lease(limits.pages_for(request.cache_length))
             if request.lease is None:
                 break
             self.running.append(self.waiting.popleft())
@@ -88,7 +93,7 @@ class Scheduler:
         for scheduled in step:
             known = scheduled.piece.tokens.shape[0] - len(scheduled.proposed)
             scheduled.request.computed += known
-        return [scheduled for scheduled in step if scheduled.piece.logits]
+        return [scheduled for scheduled in step if scheduled.wants]
 
     def _take(self, request: Request, budget: int) -> Scheduled:
         """Up to `budget` known tokens of a running request and what is proposed after them, with pages to hold them."""
@@ -96,11 +101,11 @@ class Scheduler:
         begin = request.computed
         end = min(request.length, begin + budget)
         tokens = request.tokens[begin:end]
-        if end < request.length:
-            request.lease.grow(self.limits.pages_for(end))
-            return Scheduled(request, Piece(tokens, begin, request.lease.pages, 0))
-        proposed = request.proposed
+        last = end == request.length
+        proposed = request.proposed if last else ()
+        scoring = max(0, min(end, request.prompt_length - 1) - max(begin, request.scored))
         if proposed:
             tokens = np.concatenate([tokens, np.array(proposed, np.int64)])
         request.lease.grow(self.limits.pages_for(end + len(proposed)))
-        return Scheduled(request, Piece(tokens, begin, request.lease.pages, 1 + len(proposed)), proposed)
+        rows = scoring + (1 + len(proposed) if last else 0)
+        return Scheduled(request, Piece(tokens, begin, request.lease.pages, rows), proposed, scoring, last)

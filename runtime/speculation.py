@@ -128,12 +128,12 @@ class Speculator:
             # The last token of an output comes from the target's own row.
             room = request.max_length - request.length - 1
             wanted = drafted.acceptance.next_depth(request.length)
-            drafted.depth = min(wanted, room) if scheduled.piece.logits else 0
+            drafted.depth = min(wanted, room) if scheduled.wants and request.constraint is None else 0
             joining.append(drafted)
         return sorted(joining, key=lambda drafted: -drafted.depth)
 
     def _begin(self, request: Request) -> _Drafted:
-        lease = self._pool.lease(self._limits.pages_for(request.max_length - 1))
+        lease = self._pool.lease(self._limits.pages_for(request.cache_length))
         assert lease is not None  # the target's pool has no more pages than this, and promised as many
         request.tally = Tally()
         acceptance = Acceptance(self._depth, self._most)

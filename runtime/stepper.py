@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from time import perf_counter
 
-import numpy as np
-
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Float32
+from angelforge.runtime.choosing import choose_tokens
 from angelforge.runtime.engines import Engine
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import pack
 from angelforge.runtime.request import Request
-from angelforge.runtime.sampler import sample
-from angelforge.runtime.scheduler import Scheduled, Scheduler
+from angelforge.runtime.scheduler import Scheduler
 from angelforge.runtime.speculation import Speculator
-from angelforge.runtime.verification import judge
-
-_NO_TOKEN = (
-    "The engine computed no finite logits, so no token could be chosen. Check the weights with `inspect --verify`."
-)
 
 
 class Stepper:
-    """Drives one engine for any number of requests; what they produce goes to each request's `outbox`."""
+    """Drives one engine for any number of requests; what they produce goes to each request's `outbox`.
+
+    All calls must come from one thread.
+    """
 
     def __init__(self, engine: Engine, limits: Limits, speculator: Speculator | None = None) -> None:
         self.engine = engine
         self.scheduler = Scheduler(limits)
         self.speculator = speculator
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises UsageError if the cache could not hold its longest output even alone."""
+        self.scheduler.add(request)
 
     def step(self) -> bool:
         """Computes one step; False if there was nothing to do.
@@ -45,7 +43,10 @@ class Stepper:
         try:
             logits = self.engine.forward(batch)
             seconds = perf_counter() - begin
-            self._choose(scheduler.advance(step), logits, seconds)
+            wanting = scheduler.advance(step)
+            if self.speculator is not None:
+                self.speculator.checking(wanting, seconds)
+            choose_tokens(step, logits, self.speculator)
             if self.speculator is not None:
                 self.speculator.propose(step)
         except AngelForgeError as error:
@@ -66,41 +67,3 @@ class Stepper:
         self.scheduler.remove(request)
         if self.speculator is not None:
             self.speculator.forget(request)
-
-    def _choose(self, wanting: Sequence[Scheduled], logits: Float32, seconds: float) -> None:
-        """Gives each request of `wanting` its next tokens, from its rows of `logits` f32 [R, vocab], one by one."""
-        if not wanting:
-            return
-        if self.speculator is not None:
-            self.speculator.checking(wanting, seconds)
-        if not any(scheduled.proposed for scheduled in wanting):
-            tokens = sample(logits, [scheduled.request for scheduled in wanting])
-            for scheduled, token in zip(wanting, tokens.tolist(), strict=True):
-                self._accept(scheduled.request, token)
-            return
-        ends = np.cumsum([scheduled.piece.logits for scheduled in wanting])
-        for scheduled, rows in zip(wanting, np.split(logits, ends[:-1]), strict=True):
-            self._check(scheduled, rows)
-
-    def _check(self, scheduled: Scheduled, logits: Float32) -> None:
-        """The proposals in their order as far as the target lets them pass, and then a token of its own.
-
-        `logits` f32 [1 + proposals, vocab].
-        """
-        request = scheduled.request
-        for place, proposal in enumerate(scheduled.proposed):
-            assert self.speculator is not None
-            token = judge(logits[place], request, proposal, self.speculator.shares(request, place))
-            passed = token == proposal
-            self.speculator.judged(request, place, passed)
-            request.computed += passed
-            self._accept(request, token)
-            if request.finished or not passed:
-                return
-        self._accept(request, int(sample(logits[-1:], [request])[0]))
-
-    def _accept(self, request: Request, token: int) -> None:
-        if token < 0:
-            self.end(request, _NO_TOKEN)
-        else:
-            request.accept(token)

@@ -2,7 +2,7 @@
 
 Leviathan et al. 2023 (arXiv 2211.17192, section 2.3): a token drawn from q is accepted with probability min(1, p / q);
 after a rejection the token is drawn from max(p − q, 0), normalised. p and q are the *processed* distributions, after
-penalty, temperature, top-k, top-p and min-p, so that what comes out has the distribution of plain sampling.
+bias, penalties, temperature, top-k, top-p and min-p, so that what comes out has the distribution of plain sampling.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from angelforge.runtime.batch import Float32, Int64
-from angelforge.runtime.sampler import Drawing, draw
-from angelforge.runtime.sampling import Float64, candidates
+from angelforge.runtime.distribution import Float64, candidates
+from angelforge.runtime.sampler import Drawing, draw, mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ def judge(logits: Float32, request: Drawing, proposal: int, shares: Shares | Non
     `logits` f32 [vocab] are the target's at this place, `request` knows everything before it. Without `shares` the
     proposal is a greedy one. −1 where nothing can come: the row has no finite largest logit.
     """
-    ids, probabilities = candidates(logits, request.params, request.known)
+    ids, probabilities = candidates(logits, request.params, request.history, mask_of(request))
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
     if shares is None:  # the whole probability of q lies on the proposal

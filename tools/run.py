@@ -41,9 +41,14 @@ DEFAULT = SamplingParams()
 )
 @click.option("--min-p", default=DEFAULT.min_p, show_default=True, help="Keep tokens P times as likely as the best.")
 @click.option("--repetition-penalty", default=DEFAULT.repetition_penalty, show_default=True, help="1: none.")
+@click.option(
+    "--presence-penalty", default=DEFAULT.presence_penalty, show_default=True, help="Of what was said; 0: none."
+)
+@click.option("--frequency-penalty", default=DEFAULT.frequency_penalty, show_default=True, help="Of each time.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="End the output before this text; may be given again.")
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
+@click.option("--logprobs", type=int, metavar="K", help="With --json: logprobs of the output, and of the K likeliest.")
 @click.option("--max-batch", default=32, show_default=True, help="Prompts that run at once.")
 @speculate_option
 @kv_memory_option
@@ -70,7 +75,7 @@ def run(
 
     Text is printed as it comes; several prompts run together and are printed in their order. With --json the outputs
     are printed as one list: text, token_ids, prompt_token_ids, finish_reason (stop, length or error), error, timings,
-    speculation. What a bundle's draft did in all goes to standard error.
+    speculation, logprobs, cached_tokens. What a bundle's draft did in all goes to standard error.
 
     \b
     Example:
@@ -84,6 +89,8 @@ def run(
         raise UsageError("--system is for --chat.")
     if chatting and as_json:
         raise UsageError("--chat is for people and has no --json. Use --prompt or --tokens.")
+    if sampling["logprobs"] is not None and not as_json:
+        raise UsageError("--logprobs are printed with --json only.")
     params = SamplingParams(**sampling)
     inputs: Sequence[Prompt] = list(prompts) if tokens is None else read_token_lists(tokens)
     with LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads, speculate=speculate) as llm:

@@ -192,7 +192,7 @@ def test_scores_are_the_logits_at_every_position(step):
     wanted = [llm._engine.dense_logits(ids[: n + 1]) for n in range(23)]
     np.testing.assert_array_equal(llm.score(ids.tolist()), wanted)
     assert llm.score("x").shape == (1, VOCAB)
-    assert llm._stepper.scheduler.pool.promised == 0
+    assert llm.stepper.scheduler.pool.promised == 0
 
 
 def test_scores_that_cannot_be_computed_raise():
@@ -217,7 +217,7 @@ def test_closing_a_stream_cancels_and_frees_its_requests():
     stream = llm.stream([[1], [2], [3]], SamplingParams(max_tokens=30))
     next(stream)
     stream.close()
-    scheduler = llm._stepper.scheduler
+    scheduler = llm.stepper.scheduler
     assert (scheduler.running, list(scheduler.waiting), scheduler.pool.promised) == ([], [], 0)
 
 
@@ -272,4 +272,5 @@ def test_outputs_are_json():
     saved = json.loads(json.dumps(output.to_dict()))
     assert saved["token_ids"] == list(output.token_ids)
     names = {"text", "token_ids", "prompt_token_ids", "finish_reason", "error", "timings", "speculation"}
+    names |= {"logprobs", "prompt_logprobs", "cached_tokens"}
     assert set(saved) == names

@@ -1,16 +1,12 @@
 """Drawing follows the distribution, and a request's draws are its own."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from support.drawing import drawing as request
 
+from angelforge.runtime.distribution import processed_distribution
 from angelforge.runtime.sampler import sample
-from angelforge.runtime.sampling import SamplingParams, processed_distribution
-
-
-def request(params, known=(0,)):
-    return SimpleNamespace(params=params, rng=np.random.default_rng(params.seed), known=np.array(known))
+from angelforge.runtime.sampling import SamplingParams
 
 
 def test_draws_follow_the_distribution():
@@ -18,7 +14,7 @@ def test_draws_follow_the_distribution():
     logits = np.random.default_rng(1).standard_normal(10).astype(np.float32)
     params = SamplingParams(temperature=0.8, seed=5)
     one = request(params)
-    wanted = processed_distribution(logits, params, one.known) * 20_000
+    wanted = processed_distribution(logits, params, one.history) * 20_000
     found = np.bincount([int(sample(logits[None], [one])[0]) for _ in range(20_000)], minlength=10)
     assert ((found - wanted) ** 2 / wanted).sum() < 33.7
 
@@ -57,5 +53,5 @@ def test_tokens_of_probability_zero_are_not_drawn_at_the_edges_of_the_unit_inter
 
     logits = np.array([[-np.inf, 0.0, 1.0, -np.inf]], np.float32)
     for point, token in ((0.0, 1), (np.nextafter(1.0, 0.0), 2)):
-        one = SimpleNamespace(params=SamplingParams(temperature=1), rng=Edge(point), known=np.array([0]))
+        one = request(SamplingParams(temperature=1), rng=Edge(point))
         assert sample(logits, [one]).tolist() == [token]

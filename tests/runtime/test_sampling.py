@@ -6,21 +6,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.errors import UsageError
-from angelforge.runtime.sampling import SamplingParams, candidates, processed_distribution
+from angelforge.runtime.distribution import candidates, processed_distribution
+from angelforge.runtime.history import History
+from angelforge.runtime.sampling import SamplingParams
 from angelforge.runtime.selection import top_ids
 
-NOTHING = np.empty(0, np.int64)
+NOTHING = History(np.empty(0, np.int64))
 
 
-def plain_distribution(logits, params, history):
+def plain_distribution(logits, params, prompt, output, allowed=None):
     """Every rule over the sorted whole vocabulary, in f64."""
     scores = logits.astype(np.float64)
-    for token in set(history.tolist()):
+    for token, value in params.logit_bias.items():
+        scores[token] += value
+    for token in {*prompt.tolist(), *output.tolist()}:
         scores[token] = (
             scores[token] / params.repetition_penalty
             if scores[token] > 0
             else (scores[token] * params.repetition_penalty)
         )
+    for token in output.tolist():
+        scores[token] -= params.frequency_penalty
+    for token in set(output.tolist()):
+        scores[token] -= params.presence_penalty
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     if params.temperature == 0:
         return np.eye(len(scores))[scores.argmax()]
     scores = scores / params.temperature
@@ -36,6 +46,14 @@ def plain_distribution(logits, params, history):
     return probabilities / probabilities.sum()
 
 
+def mask_words(allowed):
+    """Bits of ids as a constraint gives them."""
+    words = np.zeros(-(-len(allowed) // 32), np.uint32)
+    for token in np.flatnonzero(allowed).tolist():
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.5]),
@@ -43,16 +61,24 @@ PARAMS = st.builds(
     top_p=st.sampled_from([0.013, 0.5, 0.877, 0.951, 1.0]),
     min_p=st.sampled_from([0.0, 0.0513, 0.4271, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.05, 2.0, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 1.3, -0.7]),
+    frequency_penalty=st.sampled_from([0.0, 0.9, -2.0]),
+    logit_bias=st.sampled_from([{}, {0: 3.5}, {4: -100, 2: 1.25}]),
 )
 
 
-@given(st.integers(0, 2**32), st.sampled_from([1, 5, 300, 5000]), st.sampled_from([0.1, 1.0, 5.0]), PARAMS)
-def test_the_distribution_is_that_of_the_rules_in_their_order(seed, vocab, spread, params):
+@given(
+    st.integers(0, 2**32), st.sampled_from([5, 33, 300, 5000]), st.sampled_from([0.1, 1.0, 5.0]), PARAMS, st.booleans()
+)
+def test_the_distribution_is_that_of_the_rules_in_their_order(seed, vocab, spread, params, masked):
     rng = np.random.default_rng(seed)
     logits = (rng.standard_normal(vocab) * spread).astype(np.float32)
-    history = rng.integers(0, vocab, 7)
-    found = processed_distribution(logits, params, history)
-    wanted = plain_distribution(logits, params, history)
+    prompt, output = rng.integers(0, vocab, 7), rng.integers(0, min(vocab, 9), 6)
+    allowed = rng.random(vocab) < 0.7
+    allowed[3] = True
+    mask = mask_words(allowed) if masked else None
+    found = processed_distribution(logits, params, History(prompt, output), mask)
+    wanted = plain_distribution(logits, params, prompt, output, allowed if masked else None)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert found.sum() == pytest.approx(1)
 
@@ -85,7 +111,9 @@ def test_the_penalty_counts_a_repeated_token_once_and_leaves_the_logits_alone():
     params = SamplingParams(temperature=1, repetition_penalty=2)
     penalised = np.array([1.0, -4.0, 1.9])
     wanted = np.exp(penalised) / np.exp(penalised).sum()
-    np.testing.assert_allclose(processed_distribution(logits, params, np.array([0, 1, 0, 0])), wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        processed_distribution(logits, params, History(np.array([0, 1, 0, 0]))), wanted, rtol=1e-6
+    )
     assert (logits == before).all()
 
 
@@ -118,6 +146,18 @@ def test_masked_tokens_never_come():
     ("name", "value"),
     [
         ("max_tokens", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {True: 1.0}),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {5: "much"}),
+        ("logit_bias", [5]),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("prompt_logprobs", 21),
         ("max_tokens", True),
         ("max_tokens", 1.5),
         ("temperature", -0.1),
@@ -147,3 +187,29 @@ def test_lists_and_single_stops_are_kept_as_tuples():
     assert (params.stop, params.stop_token_ids) == (("end",), (1, 2))
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     hash(params)
+
+
+def test_a_bias_is_frozen_and_equal_by_value():
+    pairs = {7: 1, 3: -2.5}
+    params = SamplingParams(logit_bias=pairs)
+    pairs[8] = 1.0
+    assert dict(params.logit_bias) == {3: -2.5, 7: 1.0}
+    assert params == SamplingParams(logit_bias={3: -2.5, 7: 1.0})
+    assert hash(params) == hash(SamplingParams(logit_bias={3: -2.5, 7: 1.0}))
+    assert params.bias.ids.tolist() == [3, 7]
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 20), max_size=40), st.lists(st.integers(0, 25), max_size=9))
+def test_a_history_counts_what_came_out_and_forgets_what_is_taken_back(prompt, output, chain):
+    history = History(np.array(prompt, np.int64), np.array(output, np.int64))
+    for token in chain:
+        history.add(token)
+    assert dict(zip(history.ids, history.counts, strict=True)) == {
+        token: [*output, *chain].count(token) for token in {*prompt, *output, *chain}
+    }
+    for token in reversed(chain):
+        history.take_back(token)
+    assert dict(zip(history.ids, history.counts, strict=True)) == {
+        token: output.count(token) for token in {*prompt, *output}
+    }

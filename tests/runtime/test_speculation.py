@@ -3,23 +3,24 @@
 import dataclasses
 import itertools
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.drawing import drawing
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 from support.tokenizers import byte_level
 
 from angelforge import LLM, SamplingParams
 from angelforge.errors import UsageError
+from angelforge.runtime.distribution import candidates
+from angelforge.runtime.history import History
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.proposals import Proposer
 from angelforge.runtime.request import Request
 from angelforge.runtime.sampler import sample
-from angelforge.runtime.sampling import candidates
 from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.stepper import Stepper
 
@@ -31,6 +32,7 @@ PARAMS = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 25),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
     ignore_eos=st.booleans(),
 )
 ASKED = st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT), PARAMS)
@@ -188,7 +190,14 @@ def test_stop_strings_inside_a_run(depth):
         assert (output.text, output.token_ids, output.finish_reason) == (wanted.text, wanted.token_ids, "stop")
 
 
-@pytest.mark.parametrize("params", [SamplingParams(repetition_penalty=1.7), SamplingParams(temperature=0.8, top_k=3)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(repetition_penalty=1.7),
+        SamplingParams(temperature=0.8, top_k=3),
+        SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=1.0, logit_bias={1: 5, 5: 0.5}),
+    ],
+)
 def test_proposals_follow_the_rules_of_the_request(params):
     """A draft that thinks as the target does proposes by the same rules, penalty of what was said included."""
     engine = PagedEngine(4, 64, 64, VOCAB)
@@ -196,16 +205,17 @@ def test_proposals_follow_the_rules_of_the_request(params):
     stub = StubDraft(engine, perfect(engine), vocabulary)
     known = np.array([0, 3, 4, 9, 22])
     stub.last_logits = engine.dense_logits(known)[None, vocabulary]
-    request = SimpleNamespace(params=params, known=known[:3], rng=np.random.default_rng(0))
+    request = drawing(params, known[:2], known[2:3], np.random.default_rng(0))
     token, shares = Proposer(stub).choose(0, 0, request, known[3:].tolist())
     hidden = np.full(VOCAB, -np.inf, np.float32)
     hidden[vocabulary] = stub.last_logits[0]
-    ids, probabilities = candidates(hidden, params, known)
+    ids, probabilities = candidates(hidden, params, History(known[:2], known[2:]))
     if params.greedy:
         assert (token, shares) == (ids[0], None)
     else:
-        np.testing.assert_array_equal(shares.ids, ids)
-        np.testing.assert_allclose(shares.probabilities, probabilities)
+        possible = probabilities > 0
+        np.testing.assert_array_equal(shares.ids, ids[possible])
+        np.testing.assert_allclose(shares.probabilities, probabilities[possible])
         assert token in ids
 
 
@@ -254,7 +264,7 @@ def test_logits_that_are_no_numbers_end_a_request_in_the_middle_of_a_run():
     engine.forward = lambda batch: forward(batch) * (np.nan if next(calls) == 1 else 1.0)
     (output,) = llm.generate([[5]], SamplingParams(max_tokens=20))
     assert output.finish_reason == "error"
-    assert llm._stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
+    assert llm.stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
 
 
 def test_cancelled_requests_leave_nothing():
@@ -263,7 +273,7 @@ def test_cancelled_requests_leave_nothing():
     for _ in range(7):
         next(stream)
     stream.close()
-    assert llm._stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
+    assert llm.stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
 
 
 @pytest.mark.parametrize("depth", [-1, 17, 1.5, True, "always", None])

@@ -1,16 +1,17 @@
 """Sampled speculation has the target's distribution under every sampling option: chi-square tests with fixed seeds."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.drawing import drawing
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 
 from angelforge import LLM, SamplingParams
+from angelforge.runtime.distribution import candidates, processed_distribution
+from angelforge.runtime.history import History
 from angelforge.runtime.sampler import draw
-from angelforge.runtime.sampling import candidates, processed_distribution
 from angelforge.runtime.verification import Shares, judge
 
 OPTIONS = {
@@ -20,7 +21,18 @@ OPTIONS = {
     "top-p": SamplingParams(temperature=1.0, top_p=0.8),
     "min-p": SamplingParams(temperature=1.5, min_p=0.2),
     "penalty": SamplingParams(temperature=1.0, repetition_penalty=1.6),
-    "all": SamplingParams(temperature=0.9, top_k=5, top_p=0.95, min_p=0.02, repetition_penalty=1.2),
+    "presence, frequency": SamplingParams(temperature=1.0, presence_penalty=0.8, frequency_penalty=0.6),
+    "bias": SamplingParams(temperature=1.0, logit_bias={1: 1.5, 2: -2.0, 3: 0.5}),
+    "all": SamplingParams(
+        temperature=0.9,
+        top_k=5,
+        top_p=0.95,
+        min_p=0.02,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.4,
+        logit_bias={1: 0.5},
+    ),
 }
 EVERY = pytest.mark.parametrize("params", OPTIONS.values(), ids=OPTIONS)
 
@@ -44,14 +56,15 @@ def excess(counts, probabilities):
 
 
 VOCAB = 8
-HISTORY = np.array([1, 4, 4, 6])
+PROMPTED, SAID = [1, 4], [4, 6]
+HISTORY = History(np.array(PROMPTED), np.array(SAID))
 
 
 def one_token(params, draft_logits, rule=judge, count=20000):
     """How often each token comes out of `rule` when the draft proposes by `draft_logits`; and the target's shares."""
     rng = np.random.default_rng(7)
     logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32) * 2
-    request = SimpleNamespace(params=params, known=HISTORY, rng=rng)
+    request = drawing(params, PROMPTED, SAID, rng)
     shares = Shares(*candidates(draft_logits, params, HISTORY))
     counts = np.zeros(VOCAB)
     for _ in range(count):
@@ -76,7 +89,7 @@ def test_a_proposal_drawn_greedily_keeps_the_distribution():
     """Without shares the whole probability of the proposal lies on it."""
     params, counts = OPTIONS["temperature 1"], np.zeros(VOCAB)
     logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32) * 2
-    request = SimpleNamespace(params=params, known=HISTORY, rng=np.random.default_rng(0))
+    request = drawing(params, PROMPTED, SAID, np.random.default_rng(0))
     for _ in range(6000):
         counts[judge(logits, request, 3, None)] += 1
     assert excess(counts, processed_distribution(logits, params, HISTORY)) < 4
@@ -90,7 +103,7 @@ def test_wrong_rules_are_seen():
         return proposal
 
     def from_p_again(logits, request, proposal, shares):
-        ids, p = candidates(logits, request.params, request.known)
+        ids, p = candidates(logits, request.params, request.history)
         accepted = request.rng.random() * shares.of(np.array([proposal]))[0] < p[ids == proposal].sum()
         return proposal if accepted else draw(ids, p, request.rng)
 
@@ -113,7 +126,8 @@ def exact(params):
         known, probability = list(PROMPT), 1.0
         for token in output:
             logits = model.dense_logits(np.array(known))
-            probability *= processed_distribution(logits, params, np.array(known))[token]
+            history = History(np.array(PROMPT), np.array(known[len(PROMPT) :], np.int64))
+            probability *= processed_distribution(logits, params, history)[token]
             known.append(token)
         found[output] = probability
     return found
