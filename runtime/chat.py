@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -39,6 +39,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str = "the chat template") -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._origin = origin
         environment = ImmutableSandboxedEnvironment(
@@ -49,6 +50,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            #: Whether it tells the model of `tools`.
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
             raise AngelForgeError(f"{origin} is not a valid Jinja template: {_describe(error)}") from None
 
@@ -76,9 +79,15 @@ class ChatTemplate:
                 return cls(_default_template(value, file), special_tokens, f"The chat template in {file}")
         return None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt for a conversation; `add_generation_prompt` opens the assistant's turn at the end.
 
+        `tools` are what the model may call: {"type": "function", "function": {"name": …, "parameters": schema}}.
         Raises UsageError if the messages are malformed, AngelForgeError if the template refuses them.
         """
         conversation = [_checked(index, message) for index, message in enumerate(messages)]
@@ -89,7 +98,7 @@ class ChatTemplate:
                 self._special_tokens,
                 messages=conversation,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=None if tools is None else list(tools),
                 documents=None,
             )
         except _TEMPLATE_FAULTS as error:

@@ -10,7 +10,7 @@ from angelforge.errors import UsageError
 from angelforge.runtime.batch import Int64
 from angelforge.runtime.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]  # a text, or token ids
+Prompt = str | Sequence[int] | Int64  # a text, or token ids [n]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, max_context: int) -> Int64:
@@ -37,7 +37,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, 
     return ids
 
 
-def _ids(prompt: Sequence[int]) -> Int64:
+def _ids(prompt: Sequence[int] | Int64) -> Int64:
     if isinstance(prompt, np.ndarray):
         fits = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
     else:

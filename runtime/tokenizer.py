@@ -50,6 +50,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a `tokenizer.json`, for libraries that read it themselves."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is written like `text`, None if there is none."""
         found = self._tokenizer.token_to_id(text)

@@ -1,0 +1,45 @@
+"""What a service tells about its work: to metrics, say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from angelforge.runtime.request import RequestOutput
+
+if TYPE_CHECKING:
+    from angelforge.runtime.llm import LLM
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine is busy with."""
+
+    running: int  # requests that hold pages
+    waiting: int  # requests that do not yet
+    pages_used: int
+    pages_free: int
+
+    @classmethod
+    def of(cls, llm: LLM) -> Load:
+        """The state between two steps; only the thread that steps may ask while one is stepping."""
+        scheduler = llm.stepper.scheduler
+        pool = scheduler.pool
+        return cls(len(scheduler.running), len(scheduler.waiting), pool.capacity - pool.free, pool.free)
+
+
+class Observer:
+    """Is told what happens, in the event loop. This one does nothing with it."""
+
+    def stepped(self, seconds: Sequence[float]) -> None:
+        """Steps took so long."""
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token came so long after it was submitted."""
+
+    def tokens(self, count: int, seconds: float) -> None:
+        """So many more tokens of a request came so long after those before them."""
+
+    def ended(self, output: RequestOutput) -> None:
+        """A request has ended, whatever the reason."""

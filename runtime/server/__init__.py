@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server around a `Service`. Needs the extra `serve`: FastAPI, uvicorn, Prometheus."""

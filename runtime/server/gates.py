@@ -1,0 +1,83 @@
+"""What a request passes before an endpoint sees it: counting, the API key, the size of the body. Plain ASGI."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from angelforge.runtime.server.errors import error_response
+from angelforge.runtime.server.metrics import Metrics
+
+
+class CountGate:
+    """Counts answers by endpoint and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, endpoints: Iterable[str]) -> None:
+        self._app, self._metrics, self._endpoints = app, metrics, frozenset(endpoints)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Any other path could be a new time series for each request.
+        endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(endpoint, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+class KeyGate:
+    """Lets requests below /v1 pass only with `Authorization: Bearer KEY`; without a key all pass."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and self._expected is not None and scope["path"].startswith("/v1"):
+            shown = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(shown, self._expected):
+                missing = "no API key was given" if not shown else "the API key is wrong"
+                answer = error_response(401, f"This server needs an API key, but {missing}.", code="invalid_api_key")
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class SizeGate:
+    """Refuses bodies of more than `limit` bytes, announced or not, without reading on."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = f"The body has more than {self._limit} bytes"
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self._limit:
+            await error_response(413, f"{told}.")(scope, receive, send)
+            return
+        count = 0
+
+        async def counted() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if count > self._limit:
+                raise HTTPException(413, told)
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,81 @@
+"""Outputs that fit a JSON schema or a grammar: masks of allowed tokens, by llguidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from angelforge.errors import AngelForgeError
+from angelforge.runtime.server.errors import ApiError
+from angelforge.runtime.server.schemas import Function
+from angelforge.runtime.server.vocabulary import Vocabulary
+
+# Whitespace between JSON's parts, enough to indent: without a bound a small model can go on with blanks for ever.
+_SPACE = r"[ \n\r\t]{0,32}"
+_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": _SPACE}
+
+
+class Grammar:
+    """A compiled grammar over a vocabulary; `start` gives each request a state of its own."""
+
+    def __init__(self, vocabulary: Vocabulary, source: str, param: str) -> None:
+        """Raises ApiError (400) naming the field `param` if the grammar makes no sense or cannot be applied here."""
+        if vocabulary.guide is None:
+            raise ApiError(400, f"This model cannot be held to a grammar: {vocabulary.problem}.", param)
+        failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(source, vocabulary.guide)
+        if failed:
+            raise ApiError(400, f"{param} cannot be followed: {told[0].splitlines()[0].rstrip('.')}.", param)
+        self._matcher = llguidance.LLMatcher(vocabulary.guide, source, log_level=0)
+        self._words = -(-vocabulary.size // 32)
+
+    def start(self) -> Matching:
+        """A new output that has to fit."""
+        return Matching(self._matcher.deep_copy(), self._words)
+
+
+class Matching:
+    """A `Constraint`: what may come next in one output."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
+        self._matcher = matcher
+        self._mask: npt.NDArray[np.uint32] = np.zeros(words, np.uint32)
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        """Bit i of word w is set where token 32·w + i may come, uint32 [⌈vocab / 32⌉]; valid until the next call.
+
+        When the grammar is fulfilled only end tokens may come. Raises AngelForgeError if the grammar grew too complex.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if self._matcher.is_error():
+            raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Notes that a token was chosen. Raises AngelForgeError if it was not allowed."""
+        if not self._matcher.consume_token(token):
+            raise AngelForgeError(f"The output left its grammar: {self._matcher.get_error()}")
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """JSON that fits a schema."""
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+
+
+def tool_call_grammar(functions: Sequence[Function]) -> str:
+    """One call of one of the functions, between the tags that Ling's templates use."""
+    lines = [f"start: {' | '.join(f'call_{number}' for number in range(len(functions)))}"]
+    for number, function in enumerate(functions):
+        schema = {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+            "x-guidance": _OPTIONS,
+        }
+        lines.append(f'call_{number}: "<tool_call>\\n" %json {json.dumps(schema)} "\\n</tool_call>"')
+    return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))

@@ -1,0 +1,88 @@
+"""The server's process: listens, and ends in order when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+
+import uvicorn
+
+from angelforge.errors import UsageError
+from angelforge.runtime.llm import LLM
+from angelforge.runtime.server.app import create_app
+from angelforge.runtime.server.options import ServerOptions
+
+_AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut
+
+
+class Server(uvicorn.Server):
+    """A server that drains its service before it ends: nothing new, what runs may finish, the rest gets an error."""
+
+    def __init__(self, llm: LLM, options: ServerOptions, bound: socket.socket) -> None:
+        """Takes the socket that `bind` gave; the LLM stays open when the server ends."""
+        app, self.service = create_app(llm, options)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # a log of requests is the proxy's; nothing here writes what is asked or answered
+            timeout_graceful_shutdown=int(options.drain_seconds) + _AFTER_DRAINING,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._options = options
+        self._socket = bound
+        address, port = bound.getsockname()[:2]
+        self.url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+    async def run_until_told(self, listening: Callable[[], None] | None = None) -> None:
+        """Serves until SIGTERM, SIGINT or `tell_to_end`; `listening` is called once requests are answered."""
+        serving = asyncio.ensure_future(self.serve([self._socket]))
+        while not self.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if listening is not None and self.started:
+            listening()
+        await serving
+
+    def tell_to_end(self) -> None:
+        """Begins the end; safe in any thread."""
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own sends a signal again when all is done: a server that was told to end has not failed."""
+        if current_thread() is not main_thread():
+            yield
+            return
+        kept = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the door, lets the service come to an end, then the connections."""
+        draining = asyncio.ensure_future(self.service.drain(self._options.drain_seconds))
+        await super().shutdown(sockets)
+        draining.cancel()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound but refuses connections until a server listens; the system chooses a port for 0.
+
+    Raises UsageError if that cannot be: before a model is loaded for minutes.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Choose another --host or --port."
+        ) from None
+    return bound
