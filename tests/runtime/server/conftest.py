@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.serving import Running, build_toy, served
+from support.http_server import Running, build_toy, served
 
 from angelforge.runtime.llm import LLM
 

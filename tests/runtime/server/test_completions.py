@@ -5,7 +5,7 @@ import math
 import numpy as np
 import openai
 import pytest
-from support.serving import CALL, Running
+from support.http_server import CALL, Running
 
 from angelforge.runtime.validate.reference import load_reference
 from angelforge.tools.toy import MODEL
