@@ -52,7 +52,8 @@ def build_tensorrt(bundle: Bundle, target: Target, options: BuildOptions, report
         gpu = require_gpu()
         _check_gpu(gpu, target)
     prepared = prepare_build(bundle, target, options)
-    job = _Job(bundle, target, options, prepared, library_of(target), gpu, engine_folder(bundle, target.name))
+    folder = engine_folder(bundle, target.name, options.tensor_parallel)
+    job = _Job(bundle, target, options, prepared, library_of(target), gpu, folder)
     with explained("write", job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
     with lock(job.folder / ".lock"):
@@ -117,7 +118,7 @@ def _build(job: _Job, graph: PreparedGraph, report: Report) -> EngineManifest:
         built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - begin, 3),
         **bundle_facts(job.bundle),
-        **graph_facts(job.bundle, graph.role),
+        **graph_facts(job.bundle, graph.role, job.options.tensor_parallel),
     )
 
 

@@ -17,9 +17,11 @@ from angelforge.engines.manifest import (
     engine_folder,
     file_digest,
     graph_facts,
+    graph_file,
     remove_older_engines,
 )
 from angelforge.engines.onnxruntime_graph import optimize
+from angelforge.engines.segments import cut, join
 from angelforge.engines.widen import widen_activations
 
 __all__ = ["TARGET", "build_cpu", "engine_folder", "open_draft_engine", "open_engine"]
@@ -27,8 +29,10 @@ __all__ = ["TARGET", "build_cpu", "engine_folder", "open_draft_engine", "open_en
 TARGET = "cpu"
 
 
-def build_cpu(bundle: Bundle) -> EngineManifest:
+def build_cpu(bundle: Bundle, ranks: int = 1) -> EngineManifest:
     """Optimises the bundle's graphs for this machine's ONNX Runtime; bf16 is widened to f32 on the way.
+
+    For several `ranks` the target's graph becomes a row of segments, between which the ranks sum.
 
     A draft is built with its target, as a pair: each manifest names the other's graph. Returns the target's. An
     interrupted build leaves the last good engines.
@@ -36,27 +40,28 @@ def build_cpu(bundle: Bundle) -> EngineManifest:
     Raises:
         AngelForgeError: a graph cannot be built, another build of this engine is running, or the disk refuses.
     """
-    folder = engine_folder(bundle, TARGET)
+    folder = engine_folder(bundle, TARGET, ranks)
     with explained("create", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
         remove_leftovers(folder)
-        made = {role: _build(bundle, role, folder) for role in MANIFESTS if role in bundle.manifest.graphs}
+        made = {role: _build(bundle, role, folder, ranks) for role in MANIFESTS if role in bundle.manifest.graphs}
         for role, manifest in made.items():
             write_atomic(folder / MANIFESTS[role], manifest.to_json())
         remove_older_engines(folder, {manifest.engine for manifest in made.values()})
     return made["target"]
 
 
-def _build(bundle: Bundle, role: str, folder: Path) -> EngineManifest:
+def _build(bundle: Bundle, role: str, folder: Path, ranks: int) -> EngineManifest:
     """Builds and writes one engine, named by its content: the last good one, which its manifest names, stays."""
     begin = perf_counter()
-    graph = bundle.manifest.graphs[role]
-    model = ir.load(bundle.folder / graph)
+    graph = graph_file(bundle, role, ranks)
+    model = ir.load(graph)
     widen_activations(model)
-    engine = optimize(model)
+    segmented = role == "target" and ranks > 1
+    engine = join([optimize(segment) for segment in cut(model)]) if segmented else optimize(model)
     digest = sha256(engine).hexdigest()
-    name = f"{Path(graph).stem}-{digest[:16]}.onnx"
+    name = f"{graph.stem}-{digest[:16]}.{'zip' if segmented else 'onnx'}"
     write_atomic(folder / name, engine)
     return EngineManifest(
         target=TARGET,
@@ -65,30 +70,33 @@ def _build(bundle: Bundle, role: str, folder: Path) -> EngineManifest:
         engine=name,
         engine_digest=digest,
         engine_bytes=len(engine),
+        tensor_parallel=ranks,
         seconds=round(perf_counter() - begin, 3),
         **bundle_facts(bundle),
-        **graph_facts(bundle, role),
+        **graph_facts(bundle, role, ranks),
     )
 
 
-def open_engine(bundle: Bundle) -> bytes:
+def open_engine(bundle: Bundle, ranks: int = 1) -> bytes:
     """The engine's graph, after comparing it with its manifest, the bundle and the installed ONNX Runtime.
+
+    For several ranks an archive of segments.
 
     Raises:
         AngelForgeError: no engine, a damaged one, or one made for something else; the message says which.
     """
-    return _open(bundle, "target")
+    return _open(bundle, "target", ranks)
 
 
-def open_draft_engine(bundle: Bundle) -> bytes:
+def open_draft_engine(bundle: Bundle, ranks: int = 1) -> bytes:
     """The same for the engine of the bundle's draft, which must have been built beside this target."""
-    return _open(bundle, "draft")
+    return _open(bundle, "draft", ranks)
 
 
-def _open(bundle: Bundle, role: str) -> bytes:
-    folder = engine_folder(bundle, TARGET)
+def _open(bundle: Bundle, role: str, ranks: int) -> bytes:
+    folder = engine_folder(bundle, TARGET, ranks)
     manifest = EngineManifest.load(folder, MANIFESTS[role])
     manifest.require({"backend": "onnxruntime", "backend_version": onnxruntime.__version__, **bundle_facts(bundle)})
-    manifest.require(graph_facts(bundle, role))
+    manifest.require({"tensor_parallel": ranks, **graph_facts(bundle, role, ranks)})
     manifest.require({"engine_digest": file_digest(folder / manifest.engine)})
     return (folder / manifest.engine).read_bytes()

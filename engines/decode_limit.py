@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from angelforge.config import ModelConfig
+from angelforge.engines.communication import NOTHING, Communication
 from angelforge.engines.footprint import Kind, WeightBytes
-
-# Measured elsewhere for small messages over NVLink; two all-reduces a layer (PLATFORM: about 10 µs each).
-ALL_REDUCE_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
 class DecodeLimit:
-    """Tokens per second of all sequences together if every byte is read once at nominal bandwidth."""
+    """Tokens per second of all sequences together if every byte is read once at nominal bandwidth.
+
+    Between ranks also what they send each other, one after the other with the reading.
+    """
 
     batch: int
     context: int
     bytes_per_step: int  # on each rank
     tokens_per_second: float
+    communication: Communication = NOTHING
 
 
 def touched_experts(config: ModelConfig, tokens: int) -> float:
@@ -34,18 +36,16 @@ def decode_limit(
     bandwidth: float,
     batch: int,
     context: int,
-    ranks: int = 1,
+    sent: Communication = NOTHING,
 ) -> DecodeLimit:
     """The limit at `batch` sequences that each hold `context` tokens; `kv_per_token` is that of one rank.
 
     Read each step: all weights but the embedding and the rope tables (rows of them are looked up), of the routed
-    experts the expected share, and the whole cache of every sequence.
+    experts the expected share, and the whole cache of every sequence. `sent` is what ranks tell each other.
     """
     per_rank = {item.kind: item.per_rank for item in weights}
     always = sum(n for kind, n in per_rank.items() if kind not in (Kind.EMBEDDING, Kind.ROPE, Kind.ROUTED))
     experts = per_rank[Kind.ROUTED] * touched_experts(config, batch) / config.num_experts
     nbytes = always + experts + batch * context * kv_per_token
-    seconds = nbytes / bandwidth
-    if ranks > 1:
-        seconds += 2 * config.num_hidden_layers * ALL_REDUCE_SECONDS
-    return DecodeLimit(batch, context, round(nbytes), batch / seconds)
+    seconds = nbytes / bandwidth + sent.seconds
+    return DecodeLimit(batch, context, round(nbytes), batch / seconds, sent)

@@ -8,7 +8,9 @@ from enum import Enum
 
 from angelforge.config import ModelConfig
 from angelforge.dtypes import DType
+from angelforge.plugins.paged_attention.operator import SPLIT_LENGTH, SPLIT_QUERIES
 from angelforge.precision import Precision
+from angelforge.ranks import rank_config
 
 _SCALE_BLOCK = 128
 _F32 = DType.F32.itemsize
@@ -29,8 +31,8 @@ class Kind(Enum):
 
     @property
     def split(self) -> bool:
-        """Whether ranks share it: heads and intermediate widths are sliced, the rest is on every rank."""
-        return self in (Kind.ATTENTION, Kind.DENSE, Kind.ROUTED, Kind.SHARED)
+        """Whether ranks share it: heads, intermediate widths and vocabulary are sliced, the rest is on every rank."""
+        return self not in (Kind.ROUTER, Kind.NORM, Kind.ROPE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,17 @@ class WeightBytes:
 def weight_bytes(
     config: ModelConfig, precision: Precision, max_context: int, ranks: int = 1
 ) -> tuple[WeightBytes, ...]:
-    """Bytes of every kind of weights as a bundle of that precision and context holds them."""
-    c = config
+    """Bytes of every kind of weights as a bundle of that precision and context holds them.
+
+    Raises:
+        UsageError: the model cannot be split over so many ranks.
+    """
+    whole = _totals(config, precision, max_context)
+    part = _totals(rank_config(config, precision, ranks), precision, max_context)
+    return tuple(WeightBytes(kind, total, part[kind]) for kind, total in whole.items())
+
+
+def _totals(c: ModelConfig, precision: Precision, max_context: int) -> dict[Kind, int]:
     act = precision.activation.itemsize
 
     def matmul(rows: int, columns: int) -> int:
@@ -60,7 +71,7 @@ def weight_bytes(
     attention = matmul(c.qkv_size, c.hidden_size) + matmul(c.hidden_size, c.num_attention_heads * c.head_dim)
     norms_of_layer = 2 * c.hidden_size + (2 * c.head_dim if c.use_qk_norm else 0)
     table = c.vocab_size * c.hidden_size * act
-    totals = {
+    return {
         Kind.EMBEDDING: 0 if c.tie_word_embeddings else table,  # tied: one table, counted as the head
         Kind.HEAD: table,
         Kind.ATTENTION: c.num_hidden_layers * attention,
@@ -71,9 +82,6 @@ def weight_bytes(
         Kind.NORM: (c.num_hidden_layers * norms_of_layer + c.hidden_size) * act,
         Kind.ROPE: max_context * c.rotary_dim * _F32,  # cos and sin of rotary_dim/2 pairs
     }
-    return tuple(
-        WeightBytes(kind, total, math.ceil(total / ranks) if kind.split else total) for kind, total in totals.items()
-    )
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: DType) -> int:
@@ -81,15 +89,26 @@ def kv_bytes_per_token(config: ModelConfig, dtype: DType) -> int:
     return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def activation_bytes(config: ModelConfig, dtype: DType, max_tokens: int, max_batch: int) -> int:
+def activation_bytes(config: ModelConfig, dtype: DType, max_tokens: int, max_batch: int, ranks: int = 1) -> int:
     """Upper estimate of the buffers alive at once in a step of `max_tokens` tokens with logits of `max_batch` rows.
 
     Per token: residual, normed and block output (f32 where summed), fused QKV and attention output, and for each
-    expert of the token its gated width and its output row. Logits are f32.
+    expert of the token its gated width and its output row. Logits are f32; of several ranks each has its own and those
+    of all, before and after the sum. `config` is that of one rank's part.
     """
     c = config
     residual = c.hidden_size * (2 * _F32 + 2 * dtype.itemsize)
     attention = (c.qkv_size + c.num_attention_heads * c.head_dim) * dtype.itemsize
     experts = c.experts_per_token * (c.moe_intermediate_size * _F32 + c.hidden_size * dtype.itemsize)
     dense = 2 * c.intermediate_size * dtype.itemsize
-    return max_tokens * (residual + attention + max(experts, dense)) + max_batch * c.vocab_size * _F32
+    logits = max_batch * c.vocab_size * _F32 * (1 if ranks == 1 else 1 + 2 * ranks)
+    return max_tokens * (residual + attention + max(experts, dense)) + logits + partial_bytes(c, 0, max_batch)
+
+
+def partial_bytes(config: ModelConfig, cache_tokens: int, batch: int) -> int:
+    """Bytes of the partial results of PagedAttention, f32 [C, heads, head_dim] and [C, heads], for one layer.
+
+    C grows with the tokens that the pool holds and with the batch (`plugins/paged_attention/operator.py`).
+    """
+    row = config.num_attention_heads * (config.head_dim + 1) * _F32
+    return -(-cache_tokens * SPLIT_QUERIES * row // SPLIT_LENGTH) + batch * SPLIT_QUERIES * row

@@ -9,7 +9,7 @@ from typing import Any
 
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
-from angelforge.errors import AngelForgeError
+from angelforge.errors import AngelForgeError, UsageError
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -113,8 +113,9 @@ class EngineManifest:
             if isinstance(found, Mapping) and isinstance(needed, Mapping):
                 found, needed = _differing(found, needed), _differing(needed, found)
             said = _DIFFERENCES[name].format(found=_shown(found), needed=_shown(needed))
+            shared = f" --tensor-parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
             raise AngelForgeError(
-                f"The engine for {self.target} {said}. Build it again: angelforge build --target {self.target}."
+                f"The engine for {self.target} {said}. Build it again: angelforge build --target {self.target}{shared}."
             )
 
 
@@ -131,28 +132,44 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def graph_facts(bundle: Bundle, role: str) -> dict[str, Any]:
+def graph_facts(bundle: Bundle, role: str, ranks: int = 1) -> dict[str, Any]:
     """Digests of the bundle's graphs as they stand on disk now, by the names of `EngineManifest`.
 
     The graph under `role`, and what ties the engines of a target and its draft together: each other's graph.
     """
-    graphs = bundle.manifest.graphs
+    files = {each: graph_file(bundle, each, ranks) for each in bundle.manifest.graphs if each in ("target", "draft")}
     return {
-        "graph_digest": file_digest(bundle.folder / graphs[role]),
-        "draft_digest": file_digest(bundle.folder / graphs["draft"]) if "draft" in graphs else None,
-        "target_digest": file_digest(bundle.folder / graphs["target"]) if role == "draft" else None,
+        "graph_digest": file_digest(files[role]),
+        "draft_digest": file_digest(files["draft"]) if "draft" in files else None,
+        "target_digest": file_digest(files["target"]) if role == "draft" else None,
     }
 
 
-def engine_folder(bundle: Bundle, target: str) -> Path:
-    """Where the engine for `target` stands in a bundle."""
-    return bundle.folder / "engines" / target
+def graph_file(bundle: Bundle, role: str, ranks: int = 1) -> Path:
+    """The graph of a role for so many ranks. A draft has one graph for all: it runs on the first rank alone.
+
+    Raises:
+        UsageError: the bundle has none.
+    """
+    graphs = bundle.manifest.graphs
+    key = role if ranks == 1 or role == "draft" else f"{role}-tp{ranks}"
+    if key not in graphs:
+        raise UsageError(
+            f"The bundle {bundle.folder} has no graph for {ranks} ranks, only {', '.join(graphs)}. Building adds it: "
+            f"angelforge build {bundle.folder} --tensor-parallel {ranks}."
+        )
+    return bundle.folder / graphs[key]
+
+
+def engine_folder(bundle: Bundle, target: str, ranks: int = 1) -> Path:
+    """Where the engine for `target` stands in a bundle; one for several ranks has a folder of its own."""
+    return bundle.folder / "engines" / (target if ranks == 1 else f"{target}-tp{ranks}")
 
 
 def remove_older_engines(folder: Path, current: Collection[str]) -> None:
     """Removes the engines in `folder` whose names are not in `current`."""
     for path in folder.iterdir():
-        if path.suffix in (".engine", ".onnx") and path.name not in current:
+        if path.suffix in (".engine", ".onnx", ".zip") and path.name not in current:
             with explained("remove", path):
                 path.unlink(missing_ok=True)
 

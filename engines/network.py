@@ -6,7 +6,7 @@ The bundle is not changed and nothing of its weights is read: only names, types 
 import onnx_ir as ir
 
 from angelforge.errors import AngelForgeError
-from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, Operator
+from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, WEIGHT, Operator
 from angelforge.plugins.registry import OPERATORS
 
 ALL_REDUCE = "AllReduce"
@@ -89,6 +89,7 @@ def _replace_all_reduce(graph: ir.Graph, node: ir.Node, ranks: int) -> None:
 
 
 def _weights_to_inputs(graph: ir.Graph) -> tuple[str, ...]:
+    slices = [value for value in graph.inputs if WEIGHT in value.metadata_props]  # inputs already
     weights = dict(graph.initializers)
     graph.initializers.clear()
     known = set(graph.inputs)
@@ -96,4 +97,4 @@ def _weights_to_inputs(graph: ir.Graph) -> tuple[str, ...]:
         weight.const_value = None
         if weight not in known:
             graph.inputs.append(weight)
-    return tuple(weights)
+    return (*weights, *(value.name for value in slices if value.name is not None))

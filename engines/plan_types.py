@@ -11,6 +11,7 @@ from angelforge.engines.decode_limit import DecodeLimit
 from angelforge.engines.footprint import WeightBytes
 from angelforge.errors import UsageError
 from angelforge.precision import Precision
+from angelforge.ranks import rank_config
 from angelforge.rope import too_long_remedy
 from angelforge.targets import Target
 
@@ -57,6 +58,7 @@ class Plan:
     needed: int  # memory with which one sequence of max_context fits
     kv_dtype: str
     kv_bytes_per_token: int
+    page_bytes: int  # what a page takes: its keys and values, and its part of attention's buffers
     pages: int  # page 0 included, which no sequence gets
     tokens: int
     capacities: tuple[Capacity, ...]
@@ -75,13 +77,6 @@ class Plan:
         return saved
 
 
-def can_split(c: ModelConfig, ranks: int, precision: Precision) -> bool:
-    """Whether key/value heads and intermediate widths divide evenly over `ranks` (in FP8 in multiples of a block)."""
-    widths = [c.intermediate_size] * (c.first_k_dense_replace > 0) + [c.moe_intermediate_size] * (c.num_moe_layers > 0)
-    unit = 128 if precision.quantized and ranks > 1 else 1
-    return c.num_key_value_heads % ranks == 0 and all(width % (ranks * unit) == 0 for width in widths)
-
-
 def check_request(request: PlanRequest) -> None:
     """Raises UsageError for what is impossible whatever the memory."""
     c, ranks = request.config, request.tensor_parallel
@@ -93,11 +88,6 @@ def check_request(request: PlanRequest) -> None:
             f"A context of {request.max_context} was asked for, but the model covers {c.max_context} positions. "
             f"{too_long_remedy(c, request.max_context)}"
         )
-    if not can_split(c, ranks, request.precision):
-        possible = [str(n) for n in range(1, c.num_key_value_heads + 1) if can_split(c, n, request.precision)]
-        raise UsageError(
-            f"The model cannot be split over {ranks} ranks: key/value heads ({c.num_key_value_heads}) and intermediate "
-            f"widths must divide evenly, in FP8 in multiples of 128. Possible: {', '.join(possible)}."
-        )
+    rank_config(c, request.precision, ranks)
     if ranks > 1 and request.target.backend == "onnxruntime":
-        raise UsageError(f"The target {request.target.name} runs on one rank, but {ranks} were asked for.")
+        raise UsageError(f"Ranks on a CPU share its memory: plan the target {request.target.name} for one rank.")

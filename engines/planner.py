@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from angelforge.dtypes import DType
+from angelforge.engines.communication import communication
 from angelforge.engines.decode_limit import DecodeLimit, decode_limit
-from angelforge.engines.footprint import WeightBytes, activation_bytes, kv_bytes_per_token, weight_bytes
+from angelforge.engines.footprint import (
+    WeightBytes,
+    activation_bytes,
+    kv_bytes_per_token,
+    partial_bytes,
+    weight_bytes,
+)
 from angelforge.engines.plan_types import Capacity, Plan, PlanRequest, check_request
 from angelforge.engines.remedies import find_remedies
 from angelforge.errors import UsageError
+from angelforge.ranks import rank_config
 
 __all__ = ["Capacity", "Plan", "PlanRequest", "plan"]
 
@@ -38,13 +46,15 @@ def _plan_once(request: PlanRequest) -> Plan:
     memory = _memory(request)
     weights = weight_bytes(c, request.precision, request.max_context, ranks)
     per_rank = sum(item.per_rank for item in weights)
-    activations = activation_bytes(c, dtype, request.max_tokens, request.max_batch)
+    part = rank_config(c, request.precision, ranks)
+    activations = activation_bytes(part, dtype, request.max_tokens, request.max_batch, ranks)
     device = CPU_RESERVE if target.backend == "onnxruntime" else DEVICE_RESERVE
     left = memory - per_rank - activations - device
-    kv = kv_bytes_per_token(c, dtype) // ranks
-    pages = min(max(left, 0) // (kv * request.page_size), _LARGEST_SLOT // request.page_size)
+    kv = kv_bytes_per_token(part, dtype)
+    page = kv * request.page_size + partial_bytes(part, request.page_size, 0)
+    pages = min(max(left, 0) // page, _LARGEST_SLOT // request.page_size)
     usable = max(pages - 1, 0)
-    needed = memory - left + (_pages_of(request.max_context, request) + 1) * request.page_size * kv
+    needed = memory - left + (_pages_of(request.max_context, request) + 1) * page
     fits = needed <= memory
     return Plan(
         target=target.name,
@@ -62,6 +72,7 @@ def _plan_once(request: PlanRequest) -> Plan:
         needed=needed,
         kv_dtype=dtype.value,
         kv_bytes_per_token=kv,
+        page_bytes=page,
         pages=pages,
         tokens=usable * request.page_size,
         capacities=tuple(
@@ -102,5 +113,9 @@ def _limits(request: PlanRequest, weights: tuple[WeightBytes, ...], kv: int) -> 
     if bandwidth is None:
         return ()
     context = min(LIMIT_CONTEXT, request.max_context)
-    ranks = request.tensor_parallel
-    return tuple(decode_limit(request.config, weights, kv, bandwidth, batch, context, ranks) for batch in BATCHES)
+    c, dtype, ranks = request.config, request.precision.activation, request.tensor_parallel
+    link = request.target.link_bandwidth
+    return tuple(
+        decode_limit(c, weights, kv, bandwidth, batch, context, communication(c, dtype, batch, batch, ranks, link))
+        for batch in BATCHES
+    )

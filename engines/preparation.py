@@ -7,11 +7,11 @@ import onnx_ir as ir
 from angelforge.bundle import Bundle
 from angelforge.engines.kernel_checks import check_kernels
 from angelforge.engines.limits import BuildOptions, choose_limits, plan_build
+from angelforge.engines.manifest import graph_file
 from angelforge.engines.network import prepare_network
 from angelforge.engines.plan_types import Plan
 from angelforge.engines.profiles import Profile, make_profiles
 from angelforge.engines.shapes import check_volumes
-from angelforge.errors import UsageError
 from angelforge.plugins.kernel import Gpu
 from angelforge.targets import Target
 
@@ -48,10 +48,8 @@ def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fi
         UsageError: options that contradict each other.
     """
     planned = plan_build(bundle, target, options)
-    names = {role: _graph_of(bundle, role, options.tensor_parallel) for role in ("draft", "target")}
-    graphs = tuple(
-        _prepare(bundle, role, name, options.tensor_parallel) for role, name in names.items() if name is not None
-    )
+    roles = [role for role in ("draft", "target") if role in bundle.manifest.graphs]
+    graphs = tuple(_prepare(bundle, role, options.tensor_parallel) for role in roles)
     limits = choose_limits(bundle, graphs[-1].model, planned, options, must_fit)
     profiles = make_profiles(limits)
     for graph in graphs:
@@ -61,15 +59,6 @@ def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fi
     return Prepared(graphs, profiles, planned)
 
 
-def _prepare(bundle: Bundle, role: str, name: str, ranks: int) -> PreparedGraph:
-    model = ir.load(bundle.folder / name)
-    return PreparedGraph(role, model, prepare_network(model, ranks))
-
-
-def _graph_of(bundle: Bundle, role: str, ranks: int) -> str | None:
-    """File of the graph for so many ranks; None where the bundle has no draft."""
-    graphs = bundle.manifest.graphs
-    key = role if ranks == 1 else f"{role}-tp{ranks}"
-    if key not in graphs and role in graphs:
-        raise UsageError(f"The bundle has no graph for {ranks} ranks, only {', '.join(graphs)}.")
-    return graphs.get(key)
+def _prepare(bundle: Bundle, role: str, ranks: int) -> PreparedGraph:
+    model = ir.load(graph_file(bundle, role, ranks))
+    return PreparedGraph(role, model, prepare_network(model, ranks if role == "target" else 1))

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from angelforge.engines.plan_types import Plan, PlanRequest, can_split
+from angelforge.engines.plan_types import Plan, PlanRequest
 from angelforge.precision import Precision
+from angelforge.ranks import RANKS, can_split
 from angelforge.targets import TARGETS, Target
 
 
@@ -28,14 +29,14 @@ def _changes(request: PlanRequest) -> list[list[dict[str, Any]]]:
     """What may be tried: more ranks; FP8, alone or with more ranks; each other target."""
     if request.target.backend == "onnxruntime":
         return []
-    ranks = range(request.tensor_parallel + 1, request.config.num_key_value_heads + 1)
+    ranks = [n for n in RANKS if n > request.tensor_parallel]
 
     def splits(precision: Precision) -> list[dict[str, Any]]:
-        return [{"tensor_parallel": n} for n in ranks if can_split(request.config, n, precision)]
+        return [{"tensor_parallel": n} for n in ranks if can_split(request.config, precision, n)]
 
     groups = [splits(request.precision)]
     if request.precision is not Precision.FP8:
-        same: list[dict[str, Any]] = [{}] if can_split(request.config, request.tensor_parallel, Precision.FP8) else []
+        same: list[dict[str, Any]] = [{}] if can_split(request.config, Precision.FP8, request.tensor_parallel) else []
         groups.append([{"precision": Precision.FP8, **split} for split in (*same, *splits(Precision.FP8))])
     if request.memory_bytes is None:  # otherwise a memory of one's own was asked about
         others = [t for t in TARGETS.values() if t.backend == request.target.backend and t != request.target]

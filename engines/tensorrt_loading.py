@@ -33,7 +33,7 @@ def open_tensorrt_engine(
         AngelForgeError: no engine, a damaged one, or one for something else; one sentence says what is found and what
             is needed, another what to do.
     """
-    folder = engine_folder(bundle, target.name)
+    folder = engine_folder(bundle, target.name, tensor_parallel)
     manifest = EngineManifest.load(folder, MANIFESTS[role])
     file = folder / manifest.engine
     with explained("read", file):
@@ -42,7 +42,7 @@ def open_tensorrt_engine(
     manifest.require({"engine_digest": sha256(plan).hexdigest()})
     manifest.require({**bundle_facts(bundle), "operators": _own_versions(manifest)})
     manifest.require({"operators": dict(bundle.manifest.operators), "tensor_parallel": tensor_parallel})
-    manifest.require(graph_facts(bundle, role))
+    manifest.require(graph_facts(bundle, role, tensor_parallel))
     manifest.require({"kernels": kernel_digests(bundle)})
     manifest.require({"backend": library.flavour, "backend_version": library.version})
     require_gpu_of(manifest, gpu)

@@ -10,15 +10,9 @@ from angelforge.plugins.all_reduce.operator import ALL_REDUCE
 from angelforge.plugins.attention_merge.operator import ATTENTION_MERGE
 from angelforge.plugins.attention_merge_quantize.operator import ATTENTION_MERGE_QUANTIZE
 from angelforge.plugins.operator import call
-from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
+from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION, SPLIT_LENGTH, SPLIT_QUERIES
 from angelforge.plugins.qkv_prepare.operator import QKV_PREPARE
 from angelforge.precision import Precision
-
-# Keys of one part of a sequence that thread blocks share. Fixed, so that a sequence's result does not depend on what
-# else runs; short enough to keep a GPU busy with one sequence, long enough for the parts to stay in its L2 cache.
-SPLIT_LENGTH = 256
-# Most tokens of a sequence that is left in parts: decoding and draft verification; longer chunks fill a GPU anyway.
-SPLIT_QUERIES = 8
 
 
 class Rope(nn.Module):  # type: ignore[misc]

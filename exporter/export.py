@@ -28,6 +28,7 @@ from angelforge.precision import Precision, natural_precision
 PAGE_SIZE = 64  # tokens of a page of the KV pool
 GRAPH = "model.onnx"
 DRAFT_GRAPH = "draft.onnx"
+RANK_GRAPHS = "model.tp*.onnx"  # written by `rank_graph.py`
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
 def _write_graphs(graphs: Mapping[str, ir.Model], folder: Path) -> None:
     for name, model in graphs.items():
         write_atomic(folder / name, ir.to_proto(model).SerializeToString(deterministic=True))
-    if DRAFT_GRAPH not in graphs:  # of an earlier export into this folder
-        with explained("remove", folder / DRAFT_GRAPH):
-            (folder / DRAFT_GRAPH).unlink(missing_ok=True)
+    # Of an earlier export into this folder: a draft's graph, and graphs for several ranks, which builds make again.
+    for stale in (*folder.glob(RANK_GRAPHS), *[folder / DRAFT_GRAPH] * (DRAFT_GRAPH not in graphs)):
+        with explained("remove", stale):
+            stale.unlink(missing_ok=True)
 
 
 def _operators_used(models: Iterable[ir.Model]) -> dict[str, int]:

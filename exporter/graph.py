@@ -13,24 +13,36 @@ from angelforge.exporter.model import CausalLM
 from angelforge.exporter.parts import onnx_type
 from angelforge.exporter.placement import Location
 from angelforge.exporter.step import Step
-from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET
+from angelforge.plugins.operator import DOMAIN, DOMAIN_VERSION, IR_VERSION, OPSET, WEIGHT
 from angelforge.plugins.registry import functions_used
 from angelforge.precision import Precision
+from angelforge.ranks import rank_config
 
 
 def build_graph(
-    config: ModelConfig, precision: Precision, page_size: int, max_context: int, draft: DraftConfig | None = None
+    config: ModelConfig,
+    precision: Precision,
+    page_size: int,
+    max_context: int,
+    draft: DraftConfig | None = None,
+    ranks: int = 1,
 ) -> ir.Model:
     """The model's graph with function bodies; initializers have names, types and shapes but no data yet.
 
-    With a `draft` there is an output more, `draft_hidden` [T, hidden]: what the draft's graph takes as `hidden`.
+    With a `draft` there is an output more, `draft_hidden` [T, hidden]: what the draft's graph takes as `hidden`. With
+    `ranks` it is the graph of one rank's part, the same for all of them, with an input more, `rank` int64 [1].
+
+    Raises:
+        UsageError: the model cannot be split over so many ranks.
     """
+    part = rank_config(config, precision, ranks)
     builder = _builder("model")
-    step = Step.inputs(builder)
-    pool_shape = ["pages", 2, config.num_key_value_heads, page_size, config.head_dim]
+    step = Step.inputs(builder, ranks)
+    pool_shape = ["pages", 2, part.num_key_value_heads, page_size, part.head_dim]
     pool_type = onnx_type(precision.activation)
-    pools = [builder.input(f"kv_cache.{i}", pool_type, pool_shape) for i in range(config.num_hidden_layers)]
-    logits, written, hidden = CausalLM(config, precision, max_context, draft)(builder.op, step, pools)
+    pools = [builder.input(f"kv_cache.{i}", pool_type, pool_shape) for i in range(part.num_hidden_layers)]
+    model = CausalLM(part, precision, max_context, draft, ranks)
+    logits, written, hidden = model(builder.op, step, pools)
     builder.add_output(logits, "logits")
     if hidden is not None:
         builder.add_output(hidden, "draft_hidden")
@@ -73,6 +85,20 @@ def _model(builder: GraphBuilder) -> ir.Model:
         producer_version=__version__,
         functions=functions_used(graph),
     )
+
+
+def slices_to_inputs(model: ir.Model, whole: Mapping[str, tuple[int, ...]]) -> None:
+    """Turns the weights of which a rank holds a part into inputs, marked by `WEIGHT`; `whole` are the stored shapes.
+
+    No bytes of the weight files are such a part for every rank, so the graph names none.
+    """
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        assert value.shape is not None
+        if tuple(value.shape.numpy()) != whole[name]:
+            del graph.initializers[name]
+            value.metadata_props[WEIGHT] = "slice"
+            graph.inputs.append(value)
 
 
 def locate_weights(model: ir.Model, locations: Mapping[str, Location]) -> None:

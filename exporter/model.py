@@ -13,23 +13,28 @@ from angelforge.exporter.attention import Attention, Rope
 from angelforge.exporter.captured import CapturedStates
 from angelforge.exporter.mlp import DenseMLP, SparseMLP
 from angelforge.exporter.parts import Projection, ResidualNorm, weight
+from angelforge.exporter.ranks import ids_of_rank, logits_of_all
 from angelforge.exporter.step import Step
+from angelforge.plugins.all_reduce.operator import ALL_REDUCE
 from angelforge.plugins.embedding.operator import EMBEDDING
 from angelforge.plugins.operator import call
 from angelforge.precision import Precision
 
 
 class Embedding(nn.Module):  # type: ignore[misc]
-    """`model.word_embeddings`."""
+    """`model.word_embeddings`; with several ranks each holds and adds the rows of its part of the vocabulary."""
 
     def __init__(self, config: ModelConfig, dtype: DType) -> None:
         super().__init__()
         self.weight = weight(dtype, config.vocab_size, config.hidden_size)
         self.dtype = dtype
 
-    def forward(self, op: OpBuilder, input_ids: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, input_ids: ir.Value, rank: ir.Value | None = None) -> ir.Value:
         """int64 [T] → [T, H]."""
-        return call(op, EMBEDDING, input_ids, self.weight, dtype=self.dtype.onnx)
+        if rank is None:
+            return call(op, EMBEDDING, input_ids, self.weight, dtype=self.dtype.onnx)
+        own = ids_of_rank(op, input_ids, rank, self.weight.shape[0])
+        return call(op, ALL_REDUCE, call(op, EMBEDDING, own, self.weight, dtype=self.dtype.onnx))
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]
@@ -87,7 +92,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         self, op: OpBuilder, step: Step, rope: tuple[ir.Value, ir.Value], pools: Sequence[ir.Value]
     ) -> tuple[ir.Value, list[ir.Value], Streams]:
         """T tokens → (normed hidden states of the R rows that want logits [R, H], the written pools, the streams)."""
-        residual, delta = self.word_embeddings(op, step.input_ids), None
+        residual, delta = self.word_embeddings(op, step.input_ids, step.rank), None
         written, entered = [], []
         for layer, pool in zip(self.layers, pools, strict=True):
             residual, delta, pool_out, stream = layer(op, residual, delta, step, rope, pool)
@@ -102,12 +107,21 @@ class Transformer(nn.Module):  # type: ignore[misc]
 
 
 class CausalLM(nn.Module):  # type: ignore[misc]
-    """The whole model: rope tables, transformer, head; with a draft also the projection that feeds it."""
+    """The whole model: rope tables, transformer, head; with a draft also the projection that feeds it.
+
+    With several ranks one rank's part of it: `config` then has the sizes of a part (`angelforge.ranks`).
+    """
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, max_context: int, draft: DraftConfig | None = None
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        max_context: int,
+        draft: DraftConfig | None = None,
+        ranks: int = 1,
     ) -> None:
         super().__init__("")
+        self.ranks, self.width = ranks, config.vocab_size
         self.rope = Rope(max_context, config.rotary_dim)
         self.model = Transformer(config, precision)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, precision.activation, DType.F32)
@@ -119,4 +133,7 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         """→ (logits f32 [R, vocab], the written pools, the draft's input [T, H])."""
         normed, written, streams = self.model(op, step, self.rope(op), pools)
         hidden = None if self.draft is None else self.draft(op, streams.after)
-        return self.lm_head(op, normed), written, hidden
+        logits = self.lm_head(op, normed)
+        if step.rank is not None:
+            logits = logits_of_all(op, logits, step.rank, self.ranks, self.width)
+        return logits, written, hidden

@@ -21,9 +21,10 @@ class Step:
     page_table: ir.Value  # int32 [B, P]
     slots: ir.Value  # int32 [T], page · page_size + offset
     logit_indices: ir.Value  # int64 [R]
+    rank: ir.Value | None = None  # int64 [1], in graphs for several ranks: all by which one differs from another
 
     @classmethod
-    def inputs(cls, builder: GraphBuilder) -> "Step":
+    def inputs(cls, builder: GraphBuilder, ranks: int = 1) -> "Step":
         """Declares them on the graph, in this order."""
         return cls(
             input_ids=builder.input("input_ids", INT64, ["T"]),
@@ -34,4 +35,5 @@ class Step:
             page_table=builder.input("page_table", INT32, ["B", "P"]),
             slots=builder.input("slots", INT32, ["T"]),
             logit_indices=builder.input("logit_indices", INT64, ["R"]),
+            rank=builder.input("rank", INT64, [1]) if ranks > 1 else None,
         )

@@ -14,6 +14,7 @@ DOMAIN = "angelforge"
 DOMAIN_VERSION = 1
 OPSET = 24
 IR_VERSION = 11
+WEIGHT = "angelforge.weight"  # metadata of the graph inputs that are weights: a rank's slices of them
 
 Dim = int | str | None  # a known size, a symbolic one, or unknown
 

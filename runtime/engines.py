@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
@@ -10,6 +10,9 @@ from angelforge.errors import UsageError
 from angelforge.runtime.batch import Batch, Float32, Int64
 from angelforge.runtime.memory import cpu_pages
 from angelforge.targets import get_target
+
+if TYPE_CHECKING:
+    from angelforge.runtime.group import Group
 
 
 class Engine(Protocol):
@@ -64,15 +67,22 @@ def load_engine(
     max_batch: int = 32,
     threads: int | None = None,
     draft: bool = False,
+    group: Group | None = None,
 ) -> Engine:
     """Loads the engine that was built for `target` into a bundle.
 
     The pool has `num_pages` pages, or what `cpu_pages` gives for `kv_memory` bytes, with `draft` shared with the pool
-    of the bundle's draft. `threads` is for CPUs; by default all cores. Raises AngelForgeError if the engine is missing,
-    damaged or unfit.
+    of the bundle's draft. `threads` is for CPUs; by default all cores. With a `group` it is the engine of all ranks;
+    on every rank but the first this does not return: it works for the first one until that closes its engine, and then
+    ends the process. Raises AngelForgeError if the engine is missing, damaged or unfit.
     """
     _check_target(target)
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+    if group is not None:
+        from angelforge.runtime.onnxruntime_ranks import load_ranked
+
+        return load_ranked(bundle, group, num_pages, kv_memory, max_batch, threads, draft)
 
     manifest = bundle.manifest
     if num_pages is None:
@@ -89,7 +99,11 @@ def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | No
     _check_target(target)
     from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from angelforge.runtime.ranked_engine import RankedEngine
 
+    if isinstance(engine, RankedEngine):  # the first rank drafts for all
+        assert isinstance(engine.local, OnnxRuntimeEngine)
+        return OnnxRuntimeDraft(bundle, engine.local, threads or 0, engine.group.ranks)
     assert isinstance(engine, OnnxRuntimeEngine)
     return OnnxRuntimeDraft(bundle, engine, threads or 0)
 

@@ -19,8 +19,11 @@ _DEEPEST = 16  # nothing on a CPU limits the depth; deeper chains are never righ
 class OnnxRuntimeDraft:
     """The draft's session and its own pool of one layer; implements `DraftEngine`."""
 
-    def __init__(self, bundle: Bundle, target: OnnxRuntimeEngine, threads: int = 0) -> None:
-        """Beside `target`, with as many pages; raises AngelForgeError where the two do not fit or cannot be loaded."""
+    def __init__(self, bundle: Bundle, target: OnnxRuntimeEngine, threads: int = 0, ranks: int = 1) -> None:
+        """Beside `target`, of `ranks` ranks the first one's, with as many pages.
+
+        Raises AngelForgeError where the two do not fit or cannot be loaded.
+        """
         config = bundle.manifest.draft
         if config is None:
             raise AngelForgeError(f"The bundle {bundle.folder} has no draft. Export it with --draft DIR.")
@@ -30,7 +33,7 @@ class OnnxRuntimeDraft:
         self._target = target
         shape = (target.num_pages, 2, config.num_key_value_heads, target.page_size, config.head_dim)
         outputs = ("hidden_out", "target_ids", "logits")
-        self._session = PooledSession(bundle, open_draft_engine(bundle), outputs, 1, shape, threads)
+        self._session = PooledSession(bundle, open_draft_engine(bundle, ranks), outputs, 1, shape, threads)
         self._hidden: Any = None
         self._logits: Any = None
 

@@ -1,31 +1,48 @@
 """Runs a bundle's CPU engine on ONNX Runtime."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
 from angelforge.engines.cpu import open_engine
 from angelforge.errors import AngelForgeError
+from angelforge.ranks import rank_config
 from angelforge.runtime.batch import Batch, Float32
 from angelforge.runtime.onnxruntime_session import PooledSession
+
+if TYPE_CHECKING:
+    from angelforge.runtime.group import Group
+    from angelforge.runtime.onnxruntime_segments import SegmentedSession
 
 
 class OnnxRuntimeEngine:
     """The target's session and its KV pool."""
 
-    def __init__(self, bundle: Bundle, num_pages: int, threads: int = 0) -> None:
-        """Raises AngelForgeError where bundle and engine do not fit each other or cannot be loaded."""
+    def __init__(self, bundle: Bundle, num_pages: int, threads: int = 0, group: Group | None = None) -> None:
+        """Of one rank's part of the model with a `group`, of all of it without.
+
+        Raises AngelForgeError where bundle and engine do not fit each other or cannot be loaded.
+        """
         bundle.require_weights()
         self.config: ModelConfig = bundle.manifest.model
         self.page_size = bundle.manifest.page_size
         self.max_context = bundle.manifest.max_context
         self.num_pages = num_pages
         outputs = ("logits",) if bundle.manifest.draft is None else ("draft_hidden", "logits")
-        shape = (num_pages, 2, self.config.num_key_value_heads, self.page_size, self.config.head_dim)
-        self._session = PooledSession(
-            bundle, open_engine(bundle), outputs, self.config.num_hidden_layers, shape, threads
-        )
+        part = self.config if group is None else rank_config(self.config, bundle.manifest.precision, group.ranks)
+        shape = (num_pages, 2, part.num_key_value_heads, self.page_size, self.config.head_dim)
+        self._session: PooledSession | SegmentedSession
+        if group is None:
+            layers = self.config.num_hidden_layers
+            self._session = PooledSession(bundle, open_engine(bundle), outputs, layers, shape, threads)
+        else:
+            from angelforge.runtime.onnxruntime_segments import SegmentedSession
+
+            engine = open_engine(bundle, group.ranks)
+            self._session = SegmentedSession(bundle, engine, outputs, shape, threads, group)
         self._draft_hidden: Any = None
 
     @property

@@ -26,6 +26,20 @@ INPUTS = (
 )
 
 
+def load_session(bundle: Bundle, graph: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """A session for a graph that a build has optimised; raises AngelForgeError where ONNX Runtime cannot load it."""
+    options = session_options(bundle.folder, threads)
+    options.graph_optimization_level = (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the build did it
+        if bundle.manifest.precision is Precision.FP32
+        else onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # widens bf16 weights once, at load
+    )
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except ONNXRUNTIME_ERRORS as error:
+        raise AngelForgeError(f"ONNX Runtime {onnxruntime.__version__} cannot load the engine: {error}") from error
+
+
 class PooledSession:
     """A loaded graph and its pool.
 
@@ -43,16 +57,7 @@ class PooledSession:
         threads: int,
     ) -> None:
         """Raises AngelForgeError where ONNX Runtime cannot load the graph."""
-        options = session_options(bundle.folder, threads)
-        options.graph_optimization_level = (
-            onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the build did it
-            if bundle.manifest.precision is Precision.FP32
-            else onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # widens bf16 weights once, at load
-        )
-        try:
-            self._session = onnxruntime.InferenceSession(engine, options, providers=["CPUExecutionProvider"])
-        except ONNXRUNTIME_ERRORS as error:
-            raise AngelForgeError(f"ONNX Runtime {onnxruntime.__version__} cannot load the engine: {error}") from error
+        self._session = load_session(bundle, engine, threads)
         self.pools: list[Float32] = [np.zeros(pool_shape, np.float32) for _ in range(layers)]
         self._outputs = tuple(outputs)
         self._binding = self._session.io_binding()

@@ -46,13 +46,16 @@ def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: An
     given = {name: value for name, value in sizes.items() if value is not None}
     row = get_target(target)
     opened = Bundle.open(bundle)
+    ranks = given.get("tensor_parallel", 1)
+    opened = _with_graph(opened, ranks)
     if row.backend == "onnxruntime":
-        if given or preflight:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *["preflight"] * preflight))
+        useless = [name for name in (*given, *["preflight"] * preflight) if name != "tensor_parallel"]
+        if useless:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
             raise UsageError(f"{options}: of no use for target {target}, which is built for any sizes on any machine.")
         from angelforge.engines.cpu import build_cpu
 
-        _tell(opened, build_cpu(opened), as_json)
+        _tell(opened, build_cpu(opened, ranks), as_json)
         return
     from angelforge.engines.limits import BuildOptions
 
@@ -62,6 +65,15 @@ def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: An
         _preflight(opened, row, chosen, as_json)
     else:
         _build(opened, row, chosen, as_json)
+
+
+def _with_graph(bundle: Bundle, ranks: int) -> Bundle:
+    """The bundle with a graph for so many ranks, which is made of its configuration where it is not there yet."""
+    if ranks == 1:
+        return bundle
+    from angelforge.exporter.rank_graph import add_rank_graph
+
+    return add_rank_graph(bundle, ranks)
 
 
 def _announce(bundle: Bundle, target: Target, options: BuildOptions) -> None:
@@ -105,7 +117,7 @@ def _preflight(bundle: Bundle, target: Target, options: BuildOptions, as_json: b
 def _tell(bundle: Bundle, manifest: EngineManifest, as_json: bool) -> None:
     from angelforge.engines.manifest import engine_folder
 
-    engine = engine_folder(bundle, manifest.target) / manifest.engine
+    engine = engine_folder(bundle, manifest.target, manifest.tensor_parallel) / manifest.engine
     if as_json:
         print_json({"engine": str(engine), "seconds": manifest.seconds, "target": manifest.target} | _facts(manifest))
         return
@@ -116,7 +128,10 @@ def _tell(bundle: Bundle, manifest: EngineManifest, as_json: bool) -> None:
             f"  {profile['name']}: up to {profile['tokens']['most']:,} tokens of {profile['batch']['most']} sequences, "
             f"tuned for {profile['tokens']['tuned']:,}"
         )
-    click.echo(f'Next: angelforge run {bundle.folder} --target {manifest.target} --prompt "…"')
+    ranks = manifest.tensor_parallel
+    start = f"torchrun --standalone --nproc-per-node {ranks} --no-python " if ranks > 1 else ""
+    shared = f" --tensor-parallel {ranks}" if ranks > 1 else ""
+    click.echo(f'Next: {start}angelforge run {bundle.folder} --target {manifest.target}{shared} --prompt "…"')
 
 
 def _facts(manifest: EngineManifest) -> dict[str, Any]:

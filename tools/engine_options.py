@@ -37,3 +37,11 @@ kv_memory_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), callback=_threads, help="CPU threads. Default: all cores."
 )
+
+tensor_parallel_option = click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the model, as built; torchrun starts them.",
+)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import current_thread, main_thread
+from time import sleep
 from types import FrameType
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ FIXES = {
     errno.ENOTDIR: "Name a folder instead.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
 }
+
+_FIRST_SPEAKS = 3.0  # s that other processes of torchrun wait for the first one to tell an error of all
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,13 @@ class Failure(click.ClickException):
         self.as_json = as_json
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the message to standard error and, where JSON was asked for, as JSON to standard output."""
+        """Print the message to standard error and, where JSON was asked for, as JSON to standard output.
+
+        Of the processes that torchrun starts with the same command line, the first one speaks for all.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+            sleep(_FIRST_SPEAKS)  # torchrun ends all processes once one of them has ended
+            return
         self.explain(file)
         if self.as_json:
             with suppress(OSError):  # standard output may be what failed

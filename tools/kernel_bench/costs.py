@@ -80,7 +80,7 @@ def _elements(work: Work, port: Port, shape: tuple[int, ...], experts: int) -> i
 
 def partial_rows(work: Work) -> tuple[int, int]:
     """(rows that attention leaves in parts, tokens that it does not): decoding is split, prompts are not."""
-    from angelforge.exporter.attention import SPLIT_LENGTH, SPLIT_QUERIES
+    from angelforge.plugins.paged_attention.operator import SPLIT_LENGTH, SPLIT_QUERIES
 
     assert work.sequences is not None
     pairs = list(zip(work.sequences.items, work.sequences.lengths, strict=True))

@@ -108,7 +108,7 @@ def _sequence_integers(work: Work, rng: np.random.Generator) -> dict[str, Ints]:
 
 
 def _split_queries() -> int:
-    from angelforge.exporter.attention import SPLIT_QUERIES
+    from angelforge.plugins.paged_attention.operator import SPLIT_QUERIES
 
     return SPLIT_QUERIES
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from angelforge.config import ModelConfig
-from angelforge.exporter.attention import SPLIT_LENGTH, SPLIT_QUERIES
 from angelforge.plugins.operator import Operator
+from angelforge.plugins.paged_attention.operator import SPLIT_LENGTH, SPLIT_QUERIES
 from angelforge.plugins.registry import OPERATORS
 
 TOKENS = (1, 8, 32, 128, 1024, 8192)
