@@ -16,6 +16,7 @@ class Limits:
     max_context: int  # positions of one sequence
     max_batch: int  # sequences in one step
     max_tokens_per_step: int  # tokens in one step, prompts and decodes together
+    max_rows: int | None = None  # rows of logits in one step, None: no limit
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_context", "max_batch"):
@@ -31,6 +32,12 @@ class Limits:
             raise UsageError(
                 f"max_tokens_per_step is {self.max_tokens_per_step}, but every one of max_batch = {self.max_batch} "
                 "sequences must be able to decode a token in a step: raise the first or lower the second."
+            )
+
+        if self.max_rows is not None and self.max_rows < self.max_batch:
+            raise UsageError(
+                f"max_rows is {self.max_rows}, but every one of max_batch = {self.max_batch} sequences needs a row of "
+                "logits in a step: raise the first or lower the second."
             )
 
     @property

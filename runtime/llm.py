@@ -19,6 +19,7 @@ from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.engines import DraftEngine, Engine, load_draft, load_engine
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece, pack
+from angelforge.runtime.pages import Lease
 from angelforge.runtime.prompts import Prompt, encode_prompt
 from angelforge.runtime.request import Delta, Request, RequestOutput, Timings
 from angelforge.runtime.sampling import SamplingParams
@@ -248,9 +249,9 @@ class LLM:
     def _score(self, ids: Int64) -> Iterator[Float32]:
         limits, pool = self._limits, self.stepper.scheduler.pool
         engine = self._open()
-        lease = pool.lease(limits.pages_for(ids.shape[0]))
-        if lease is None:
-            free = (pool.capacity - pool.promised) * limits.page_size
+        lease = Lease(pool, limits.pages_for(ids.shape[0]))
+        if not lease.grow(limits.pages_for(ids.shape[0])):
+            free = pool.free * limits.page_size
             raise UsageError(
                 f"The prompt has {ids.shape[0]} tokens, but the KV cache has room for {free}. Give it more memory."
             )
@@ -258,7 +259,6 @@ class LLM:
         try:
             for begin in range(0, ids.shape[0], rows):
                 tokens = ids[begin : begin + rows]
-                lease.grow(limits.pages_for(begin + tokens.shape[0]))
                 yield engine.forward(pack([Piece(tokens, begin, lease.pages, tokens.shape[0])], limits.page_size))
         finally:
             lease.release()

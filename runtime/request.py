@@ -17,6 +17,7 @@ from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.history import History
 from angelforge.runtime.logprobs import TokenLogprob as TokenLogprob
 from angelforge.runtime.pages import Lease
+from angelforge.runtime.prefixes import PageKeys
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.runtime.tally import SpeculationReport, Tally
 
@@ -100,6 +101,8 @@ class Request:
         self.length = self.prompt_length
         self.computed = 0
         self.lease: Lease | None = None  # held while running
+        self.keys = PageKeys(1, False)  # of its pages; the scheduler knows their size
+        self.covered = 0  # positions that a draft's cache holds too
         self.proposed: tuple[int, ...] = ()  # tokens that a draft expects next; the next step checks them
         self.tally: Tally | None = None  # of speculation
         self.rng = np.random.default_rng(params.seed)

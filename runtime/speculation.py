@@ -8,12 +8,11 @@ from time import perf_counter
 
 import numpy as np
 
-from angelforge.runtime.batch import Int64
+from angelforge.runtime.batch import Int32, Int64
 from angelforge.runtime.depth import Acceptance, Depth, check_depth
 from angelforge.runtime.engines import DraftEngine
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece, pack
-from angelforge.runtime.pages import Lease, PagePool
 from angelforge.runtime.proposals import Proposer
 from angelforge.runtime.request import Request
 from angelforge.runtime.scheduler import Scheduled
@@ -26,7 +25,6 @@ class _Drafted:
     """A request as the draft sees it."""
 
     request: Request
-    lease: Lease
     acceptance: Acceptance
     tally: Tally
     depth: int = 0  # of the chain in the making
@@ -45,13 +43,13 @@ class Speculator:
 
     def __init__(self, draft: DraftEngine, limits: Limits, depth: Depth) -> None:
         """Raises UsageError for a depth that the draft or the size of a step does not allow."""
-        fitting = limits.max_tokens_per_step // limits.max_batch - 1
-        limited_by = "the draft's limit" if draft.max_depth <= fitting else "tokens per step / batch − 1"
-        self._most = min(draft.max_depth, fitting)
-        self._depth = check_depth(depth, self._most, limited_by)
+        size = min(limits.max_tokens_per_step, limits.max_rows or limits.max_tokens_per_step)
+        fitting = size // limits.max_batch - 1
+        limited_by = "the draft's limit" if draft.max_depth <= fitting else "tokens or rows per step / batch − 1"
+        self.most = min(draft.max_depth, fitting)  # tokens proposed at a time
+        self._depth = check_depth(depth, self.most, limited_by)
         self._draft = draft
         self._limits = limits
-        self._pool = PagePool(draft.num_pages)
         self._proposer = Proposer(draft)
         self._drafted: dict[Request, _Drafted] = {}
         self.total = Tally()
@@ -107,37 +105,32 @@ class Speculator:
             drafted.tally.draft_seconds += seconds
 
     def forget(self, request: Request) -> None:
-        """Gives back what the draft holds for a request; unknown ones are ignored."""
-        drafted = self._drafted.pop(request, None)
-        if drafted is not None:
-            drafted.lease.release()
+        """Forgets a request that has ended; unknown ones are ignored."""
+        self._drafted.pop(request, None)
 
     def _joining(self, step: Sequence[Scheduled]) -> list[_Drafted]:
         """The requests of a step that go on with a draft, those with the deepest chain first."""
         joining = []
         for scheduled in step:
             request = scheduled.request
-            request.proposed = ()
             if request.finished:
                 continue
             drafted = self._drafted.get(request) or self._begin(request)
-            drafted.chain, drafted.shares = [], []
-            if drafted.acceptance.hopeless:
-                drafted.lease.release()  # given up for good: the draft falls behind
-                continue
+            if scheduled.wants:  # else it was set back, and what was proposed before is checked when it is there again
+                request.proposed, drafted.chain, drafted.shares = (), [], []
+            constrained = request.constraint is not None
+            if drafted.acceptance.hopeless or (constrained and scheduled.piece.start >= request.prompt_length):
+                continue  # given up for good: the draft falls behind
             # The last token of an output comes from the target's own row.
             room = request.max_length - request.length - 1
             wanted = drafted.acceptance.next_depth(request.length)
-            drafted.depth = min(wanted, room) if scheduled.wants and request.constraint is None else 0
+            drafted.depth = min(wanted, room) if scheduled.wants and not constrained else 0
             joining.append(drafted)
         return sorted(joining, key=lambda drafted: -drafted.depth)
 
     def _begin(self, request: Request) -> _Drafted:
-        lease = self._pool.lease(self._limits.pages_for(request.cache_length))
-        assert lease is not None  # the target's pool has no more pages than this, and promised as many
         request.tally = Tally()
-        acceptance = Acceptance(self._depth, self._most)
-        self._drafted[request] = _Drafted(request, lease, acceptance, request.tally)
+        self._drafted[request] = _Drafted(request, Acceptance(self._depth, self.most), request.tally)
         return self._drafted[request]
 
     def _follow(self, step: Sequence[Scheduled], joining: Sequence[_Drafted]) -> Int64:
@@ -150,14 +143,19 @@ class Speculator:
         for drafted in joining:
             request = drafted.request
             start, stop = pieces[request].start, request.computed  # without what the target rejected
-            drafted.lease.grow(self._limits.pages_for(stop))
             tokens = request.tokens[start + 1 : stop + 1]
-            packed.append(Piece(tokens, start, drafted.lease.pages, int(drafted.depth > 0)))
+            packed.append(Piece(tokens, start, _pages(request), int(drafted.depth > 0)))
+            request.covered = stop
             rows.append(np.arange(row[request], row[request] + stop - start))
         return self._draft.follow(pack(packed, self._limits.page_size), np.concatenate(rows))
 
     def _next_piece(self, drafted: _Drafted) -> Piece:
         """The last token of a chain, to be followed by another."""
         start = drafted.request.computed + len(drafted.chain) - 1
-        drafted.lease.grow(self._limits.pages_for(start + 1))
-        return Piece(np.array(drafted.chain[-1:], np.int64), start, drafted.lease.pages, 1)
+        return Piece(np.array(drafted.chain[-1:], np.int64), start, _pages(drafted.request), 1)
+
+
+def _pages(request: Request) -> Int32:
+    """A running request's pages, which are as many as its chain needs: the draft's pool has the target's pages."""
+    assert request.lease is not None
+    return request.lease.pages

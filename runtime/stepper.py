@@ -22,7 +22,7 @@ class Stepper:
 
     def __init__(self, engine: Engine, limits: Limits, speculator: Speculator | None = None) -> None:
         self.engine = engine
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, 0 if speculator is None else speculator.most, speculator is not None)
         self.speculator = speculator
 
     def add(self, request: Request) -> None:
@@ -54,6 +54,7 @@ class Stepper:
                 self.end(scheduled.request, str(error))
             return True
         for scheduled in step:
+            scheduler.publish(scheduled.request)
             if scheduled.request.finished:
                 self._forget(scheduled.request)
         return True

@@ -192,7 +192,7 @@ def test_scores_are_the_logits_at_every_position(step):
     wanted = [llm._engine.dense_logits(ids[: n + 1]) for n in range(23)]
     np.testing.assert_array_equal(llm.score(ids.tolist()), wanted)
     assert llm.score("x").shape == (1, VOCAB)
-    assert llm.stepper.scheduler.pool.promised == 0
+    assert llm.stepper.scheduler.pool.free == 63
 
 
 def test_scores_that_cannot_be_computed_raise():
@@ -218,7 +218,7 @@ def test_closing_a_stream_cancels_and_frees_its_requests():
     next(stream)
     stream.close()
     scheduler = llm.stepper.scheduler
-    assert (scheduler.running, list(scheduler.waiting), scheduler.pool.promised) == ([], [], 0)
+    assert (list(scheduler.running), list(scheduler.waiting), scheduler.pool.free) == ([], [], 63)
 
 
 def test_two_streams_can_be_read_in_turns():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections import deque
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.drawing import drawing
 from support.paged_engine import PagedEngine
+from support.serving import CONTEXT, DRAFTS, VOCAB, Serving, alone, limits_of
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 from support.tokenizers import byte_level
 
@@ -17,16 +17,7 @@ from angelforge import LLM, SamplingParams
 from angelforge.errors import UsageError
 from angelforge.runtime.distribution import candidates
 from angelforge.runtime.history import History
-from angelforge.runtime.limits import Limits
 from angelforge.runtime.proposals import Proposer
-from angelforge.runtime.request import Request
-from angelforge.runtime.sampler import sample
-from angelforge.runtime.speculation import Speculator
-from angelforge.runtime.stepper import Stepper
-
-CONTEXT, VOCAB, EOS = 40, 23, frozenset({1})
-MODEL = PagedEngine(max_context=CONTEXT, vocab_size=VOCAB)  # weights for the dense reference; its pool stays unused
-DRAFTS = {"perfect": perfect, "wrong": wrong, "noisy": noisy}
 
 PARAMS = st.builds(
     SamplingParams,
@@ -40,69 +31,27 @@ VOCABULARIES = st.sampled_from([None, list(range(VOCAB)), [2, 3, 5, 7, 11, 13, 1
 DEPTHS = st.sampled_from([0, 1, 2, 3, 5, 8, "auto"])
 
 
-def new_request(index, prompt, params, outbox=None):
-    length = min(len(prompt) + params.max_tokens, CONTEXT + 1)
-    ends = frozenset() if params.ignore_eos else EOS
-    return Request(index, np.array(prompt), params, length, deque() if outbox is None else outbox, ends)
-
-
-def alone(prompt, params):
-    """The output without pages, packing, scheduling and drafts: the whole sequence again for every token."""
-    request = new_request(0, prompt, params)
-    while not request.finished:
-        request.accept(int(sample(MODEL.dense_logits(request.known)[None], [request])[0]))
-    return request.outbox[-1].output
-
-
-@st.composite
-def limits(draw):
-    """Limits that hold at least one request of any length and eight proposals for each of a batch."""
-    page_size = draw(st.integers(1, 9))
-    pages = draw(st.integers(-(-CONTEXT // page_size) + 1, 60))
-    batch = draw(st.integers(1, 5))
-    return Limits(page_size, pages, CONTEXT, batch, 9 * batch + draw(st.sampled_from([0, 1, 50])))
-
-
-def check_caches(engine, requests):
-    """Every position that counts as computed holds what plain decoding would have written there."""
-    for request in requests:
-        if request.lease is None or request.finished:
-            continue
-        places = np.arange(request.computed)
-        hidden = engine.embedding[request.tokens[places]] + engine.place[places]
-        held = engine.pool[request.lease.pages[places // engine.page_size], :, places % engine.page_size]
-        for kind, matrix in enumerate((engine.key, engine.value)):
-            wanted = np.array([matrix @ x for x in hidden]).reshape(held[:, kind].shape)
-            np.testing.assert_array_equal(held[:, kind], wanted)
-
-
 def check_a_schedule(limits, plans, draft, vocabulary, depth):
     """Runs the plans; outputs are those of requests alone, caches and pages are in order after every step."""
-    engine = PagedEngine(limits.page_size, limits.num_pages, CONTEXT, VOCAB)
-    stub = StubDraft(engine, DRAFTS[draft](engine), vocabulary)
-    speculator = Speculator(stub, limits, depth)
-    stepper = Stepper(engine, limits, speculator)
-    requests = [new_request(i, *asked) for i, (asked, _) in enumerate(plans)]
+    serving = Serving(limits, draft, vocabulary, depth)
+    plans = sorted(plans, key=lambda plan: plan[1])
     for step in itertools.count():
-        for request, (_, arrival) in zip(requests, plans, strict=True):
+        for asked, arrival in plans:
             if arrival == step:
-                stepper.scheduler.add(request)
-        worked = stepper.step()
-        check_caches(engine, requests)
-        if not worked and step > 12:
+                serving.add(*asked)
+        if not serving.step() and step > 12:
             break
-    for pool in (stepper.scheduler.pool, speculator._pool):
-        assert (pool.promised, pool.free) == (0, pool.capacity)
-    for request, (asked, _) in zip(requests, plans, strict=True):
+    assert serving.pool.free == serving.pool.capacity
+    for request, (asked, _) in zip(serving.requests, plans, strict=True):
         output, wanted = request.outbox[-1].output, alone(*asked)
         assert (output.token_ids, output.finish_reason) == (wanted.token_ids, wanted.finish_reason)
-    assert all(tokens <= limits.max_tokens_per_step for tokens, _ in engine.batches)
-    return engine, stub, speculator
+    serving.check_sizes()
+    return serving
 
 
-@settings(max_examples=120)
+@settings(max_examples=30)
 @given(
-    limits(),
+    limits_of(8),
     st.lists(st.tuples(ASKED, st.integers(0, 12)), min_size=1, max_size=6),
     st.sampled_from(sorted(DRAFTS)),
     VOCABULARIES,
@@ -264,7 +213,7 @@ def test_logits_that_are_no_numbers_end_a_request_in_the_middle_of_a_run():
     engine.forward = lambda batch: forward(batch) * (np.nan if next(calls) == 1 else 1.0)
     (output,) = llm.generate([[5]], SamplingParams(max_tokens=20))
     assert output.finish_reason == "error"
-    assert llm.stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
+    assert llm.stepper.scheduler.pool.free == 255
 
 
 def test_cancelled_requests_leave_nothing():
@@ -273,7 +222,7 @@ def test_cancelled_requests_leave_nothing():
     for _ in range(7):
         next(stream)
     stream.close()
-    assert llm.stepper.scheduler.pool.promised == llm._speculator._pool.promised == 0
+    assert llm.stepper.scheduler.pool.free == 255
 
 
 @pytest.mark.parametrize("depth", [-1, 17, 1.5, True, "always", None])

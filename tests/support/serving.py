@@ -1,101 +1,144 @@
-"""A server in a thread of the test's process, on a port of its own, and what tests ask it."""
+"""Schedules on tiny engines: requests, what they give alone, and what must hold between steps whatever runs."""
 
-from __future__ import annotations
+from collections import Counter, deque
 
-import asyncio
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+import numpy as np
+from hypothesis import strategies as st
 
-import httpx2
-import openai
+from angelforge.runtime.limits import Limits
+from angelforge.runtime.request import Request
+from angelforge.runtime.sampler import sample
+from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.speculation import Speculator
+from angelforge.runtime.stepper import Stepper
+from support.paged_engine import PagedEngine
+from support.stub_draft import StubDraft, noisy, perfect, wrong
 
-from angelforge.runtime.llm import LLM
-from angelforge.runtime.server.options import ServerOptions
-from angelforge.runtime.server.run import Server, bind
+CONTEXT, VOCAB, EOS = 40, 23, frozenset({1})
+MODEL = PagedEngine(max_context=CONTEXT, vocab_size=VOCAB)  # weights for the dense reference; its pool stays unused
+DRAFTS = {"perfect": perfect, "wrong": wrong, "noisy": noisy}
+BEGINS = [[2, 9, 4, 4, 17, 5, 3, 8, 12, 6, 20, 7] * 3, [2, 9, 4, 4, 17, 5, 11, 8, 12, 6, 20, 7] * 3]
 
-CALL = "Hello, I have a cough."
-
-
-class Running:
-    """A server that answers; leave the `with` to end it."""
-
-    def __init__(self, llm: LLM, options: ServerOptions) -> None:
-        self.llm, self.options = llm, options
-        self.bound = bind("127.0.0.1", 0)
-        self.server = Server(llm, options, self.bound)
-        self.url = self.server.url
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.run_until_told()))
-        self.http = httpx2.Client(base_url=self.url, timeout=60)
-
-    def __enter__(self) -> Running:
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.http.close()
-        self.server.tell_to_end()
-        self.thread.join()
-        self.bound.close()
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        """OpenAI's own client, which retries nothing so that tests see every answer."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx2.Response:
-        """An answer of whatever status."""
-        return self.http.post(path, json={"model": self.options.model, **body})
-
-    def metric(self, name: str) -> float:
-        """A value of /metrics; a name with labels is written as it stands there."""
-        for line in self.http.get("/metrics").text.splitlines():
-            if line.startswith(f"angelforge_{name} "):
-                return float(line.split()[-1])
-        raise KeyError(name)
-
-    def is_idle(self) -> bool:
-        """Whether no request holds or wants anything."""
-        return not any(self.metric(name) for name in ("requests_running", "requests_waiting", "kv_pages_used"))
-
-    def held_pages(self) -> set[int]:
-        """Pages that are neither free nor spare; only while nothing runs."""
-        pool = self.llm.stepper.scheduler.pool
-        return set(range(pool.capacity - pool.free))
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 25),
+    temperature=st.sampled_from([0.0, 0.0, 1.0]),
+    top_k=st.sampled_from([0, 5]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 5),
+    ignore_eos=st.booleans(),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+)
+PROMPTS = st.one_of(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT),
+    # prompts that begin alike, so that pages are shared
+    st.builds(
+        lambda begin, cut, end: (begin[:cut] + end)[:CONTEXT],
+        st.sampled_from(BEGINS),
+        st.integers(0, 36),
+        st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3),
+    ),
+)
+ASKED = st.tuples(PROMPTS, PARAMS)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Returns when something holds; fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not come to hold"
-        time.sleep(0.01)
+@st.composite
+def limits_of(draw, depth=0):
+    """Limits that hold at least one request of any length, and `depth` proposals for each of a batch."""
+    page_size = draw(st.integers(1, 9))
+    least = -(-CONTEXT // page_size) + 1
+    pages = draw(st.integers(least, least + 4) | st.integers(least, 60))
+    batch = draw(st.integers(1, 5))
+    tokens = (1 + depth) * batch + draw(st.sampled_from([0, 1, 5, 50]))
+    rows = draw(st.sampled_from([None, None, (1 + depth) * batch]))
+    return Limits(page_size, pages, CONTEXT, batch, tokens, rows)
 
 
-@contextmanager
-def served(llm: LLM, **options: Any) -> Iterator[Running]:
-    """A server around an LLM, with these options."""
-    with Running(llm, ServerOptions(model="toy", port=0, **{"drain_seconds": 5.0, **options})) as running:
-        yield running
+def new_request(index, prompt, params, outbox=None):
+    length = min(len(prompt) + params.max_tokens, CONTEXT + 1)
+    ends = frozenset() if params.ignore_eos else EOS
+    return Request(index, np.array(prompt), params, length, deque() if outbox is None else outbox, ends)
 
 
-def build_toy(folder: Path, template: str | None = None) -> Path:
-    """The bundle of the toy with its draft in `folder`, built for the CPU; with another chat template if given."""
-    from angelforge.engines.cpu import build_cpu
-    from angelforge.exporter.export import ExportOptions, export
-    from angelforge.tools.toy import DRAFT, MODEL
+def alone(prompt, params):
+    """The output without pages, packing, scheduling and drafts: the whole sequence again for every token."""
+    request = new_request(0, prompt, params)
+    while not request.finished:
+        request.accept(int(sample(MODEL.dense_logits(request.known)[None], [request])[0]))
+    return request.outbox[-1].output
 
-    source = MODEL
-    if template is not None:
-        source = folder / "model"
-        shutil.copytree(MODEL, source)
-        (source / "chat_template.jinja").write_text(template)
-    build_cpu(export(str(source), folder / "bundle", ExportOptions(draft=str(DRAFT))))
-    return folder / "bundle"
+
+class Serving:
+    """A stepper over tiny engines, watched."""
+
+    def __init__(self, limits, draft="noisy", vocabulary=None, depth=0):
+        self.limits = limits
+        self.engine = PagedEngine(limits.page_size, limits.num_pages, CONTEXT, VOCAB)
+        self.speculator = None
+        if depth != 0:
+            self.draft = StubDraft(self.engine, DRAFTS[draft](self.engine), vocabulary)
+            self.speculator = Speculator(self.draft, limits, depth)
+        self.stepper = Stepper(self.engine, limits, self.speculator)
+        self.scheduler = self.stepper.scheduler
+        self.pool = self.scheduler.pool
+        self.requests = []
+        self.other = []  # leases of scores
+        self._published = {}
+
+    def add(self, prompt, params):
+        request = new_request(len(self.requests), prompt, params)
+        self.stepper.add(request)
+        self.requests.append(request)
+        return request
+
+    def step(self):
+        worked = self.stepper.step()
+        self.check()
+        return worked
+
+    def check(self):
+        self._check_pages()
+        self._check_order()
+        self._check_contents()
+        for request in self.requests:
+            assert request.finished or (request in self.scheduler.running) != (request in self.scheduler.waiting)
+
+    def check_sizes(self):
+        """Every call kept to its limits."""
+        assert all(tokens <= self.limits.max_tokens_per_step for tokens, _ in self.engine.batches)
+        assert all(sequences <= self.limits.max_batch for _, sequences in self.engine.batches)
+
+    def _check_pages(self):
+        """Each page is held as often as it is counted, and is unused in one place otherwise; page 0 is nobody's."""
+        pool = self.pool
+        leases = [r.lease for r in self.requests if r.lease is not None] + self.other
+        held = Counter(page for lease in leases for page in lease.pages[: lease.count].tolist())
+        assert [held[page] for page in range(self.limits.num_pages)] == pool._uses
+        assert sorted([*held, *pool._empty, *pool._idle]) == list(range(1, self.limits.num_pages))
+        assert all((request.lease is not None) == (request in self.scheduler.running) for request in self.requests)
+        # What was read or written twice in one call was seen by `Batch.check`; shared pages must be published ones.
+        assert all(pool._keys[page] is not None for page, count in held.items() if count > 1)
+
+    def _check_order(self):
+        """Requests run and wait in the order they came, and those that wait are younger than those that run."""
+        order = [request.index for request in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert order == sorted(order)
+
+    def _check_contents(self):
+        """Published pages never change."""
+        engine, found = self.engine, {}
+        for key, page in self.pool._published.items():
+            found[key, page] = engine.pool[page].copy()
+            if (key, page) in self._published:
+                np.testing.assert_array_equal(found[key, page], self._published[key, page])
+        self._published = found
+        for request in self.requests:
+            if request.lease is None or request.finished:
+                continue
+            places = np.arange(request.computed)
+            hidden = engine.embedding[request.tokens[places]] + engine.place[places]
+            held = engine.pool[request.lease.pages[places // engine.page_size], :, places % engine.page_size]
+            for kind, matrix in enumerate((engine.key, engine.value)):
+                wanted = np.array([matrix @ x for x in hidden]).reshape(held[:, kind].shape)
+                np.testing.assert_array_equal(held[:, kind], wanted)
