@@ -82,6 +82,14 @@ def explain_build_errors(title: str, errors: Sequence[str], nodes: Mapping[str, 
     return f"{title} gave the build up{where}: {message}. {_cause(message)} All it said is in {log}.".replace("  ", " ")
 
 
+def explain_run_errors(title: str, doing: str, errors: Sequence[str]) -> str:
+    """One text for what TensorRT said when it would not load or run an engine; `doing` follows "cannot"."""
+    telling = [error for error in errors if not _NOISE.search(error)] or list(errors)
+    if not telling:
+        return f"{title} cannot {doing} and does not say why. angelforge doctor --deep tries the machine out."
+    return f"{title} cannot {doing}: {_message(telling[0])}. {_cause(' '.join(errors))}".rstrip()
+
+
 def _place(name: str) -> str:
     """`model/layers.0/attention/QKVPrepare_node_3` as `model.layers.0.attention`."""
     match = _NODE.fullmatch(name)

@@ -1,5 +1,6 @@
 """TensorRT's messages: the full log of a build in a file, and its errors for an explanation."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.library import Library
 
 _ERRORS = ("INTERNAL_ERROR", "ERROR")
+_KEPT = 20  # errors of engines at work; they are told with the call that fails
 
 
 @dataclass
@@ -47,11 +49,14 @@ class _Logger:
     def __init__(self) -> None:
         self.api.ILogger.__init__(self)
         self.log_to = None
+        self.run_errors: deque[str] = deque(maxlen=_KEPT)  # while no build is recorded: the latest
 
     def log(self, severity: Any, message: str) -> None:
         """Called by TensorRT."""
         if (target := self.log_to) is not None:
             target.write(severity.name, message)
+        elif severity.name in _ERRORS:
+            self.run_errors.append(message)
 
 
 @cache

@@ -146,3 +146,14 @@ class CudaDevice(Device):
                 graph.replay()
 
         return replay
+
+
+def to_host(tensor: torch.Tensor) -> Any:
+    """A tensor's values as a NumPy array, after all work before it; raises AngelForgeError where that work failed."""
+    try:
+        return tensor.cpu().numpy()
+    except RuntimeError as error:
+        raise AngelForgeError(
+            f"The GPU failed in a step: {str(error).splitlines()[0]}. Start again; if it happens again, please report "
+            "this with the output of angelforge doctor --deep."
+        ) from error

@@ -1,0 +1,190 @@
+"""What is drawn where the logits lie has the distribution of the host's sampler; a CPU's tensors stand for a GPU's."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from angelforge.runtime import device_distribution
+from angelforge.runtime.device_distribution import draw_rows, kept_weights
+from angelforge.runtime.device_sampling import Packed, adjusted_rows, pack_requests, sample_on_device
+from angelforge.runtime.distribution import adjusted, processed_distribution
+from angelforge.runtime.history import History
+from angelforge.runtime.sampler import sample
+from angelforge.runtime.sampling import SamplingParams
+
+REAL = 157_184  # ids of the real model
+
+
+@dataclass
+class Allowing:
+    """A constraint that allows some ids."""
+
+    bits: np.ndarray
+
+    def mask(self) -> np.ndarray:
+        return self.bits
+
+    def accept(self, token: int) -> None:
+        """Nothing changes."""
+
+
+@dataclass
+class Asking:
+    """What a sampler needs of a request."""
+
+    params: SamplingParams
+    history: History | None = None
+    constraint: Allowing | None = None
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+
+def asking(prompt: list[int] = (), output: list[int] = (), allowed: np.ndarray | None = None, **params: Any) -> Asking:
+    history = History(np.array(prompt, np.int64), np.array(output, np.int64))
+    constraint = None
+    if allowed is not None:
+        octets = np.packbits(allowed, bitorder="little")
+        constraint = Allowing(np.pad(octets, (0, -len(octets) % 4)).view(np.uint32))
+    return Asking(SamplingParams(**params), history, constraint)
+
+
+def on_device(logits: np.ndarray, requests: list[Asking]) -> tuple[np.ndarray, np.ndarray]:
+    """Adjusted logits and probabilities of all rows."""
+    tensor, packed = torch.from_numpy(logits), Packed(torch.device("cpu"))
+    rules = pack_requests(range(len(requests)), requests, logits.shape[1], packed)
+    x = adjusted_rows(tensor, requests, packed)
+    weights = kept_weights(x, x.argmax(1, keepdim=True), rules).double()
+    return x.numpy(), (weights / weights.sum(1, keepdim=True)).numpy()
+
+
+def compare(logits: np.ndarray, requests: list[Asking]) -> None:
+    before = logits.copy()
+    x, found = on_device(logits, requests)
+    assert np.array_equal(logits, before)
+    for row, request in enumerate(requests):
+        params, mask = request.params, request.constraint and request.constraint.mask()
+        assert np.array_equal(x[row], adjusted(logits[row], params, request.history, mask))
+        expected = processed_distribution(logits[row], params, request.history, mask)
+        assert np.array_equal(found[row] > 0, expected > 0), params
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-9)
+
+
+VOCAB = 37
+IDS = st.integers(0, VOCAB - 1)
+# A grid makes ties common.
+LOGIT = st.one_of(st.integers(-12, 12).map(lambda n: n / 4), st.just(-0.0), st.floats(-30, 30, width=32))
+
+
+@st.composite
+def requests_of(draw: st.DrawFn) -> Asking:
+    allowed = draw(st.none() | st.lists(st.booleans(), min_size=VOCAB, max_size=VOCAB).filter(any))
+    return asking(
+        draw(st.lists(IDS, max_size=5)),
+        draw(st.lists(IDS, max_size=5)),
+        None if allowed is None else np.array(allowed),
+        temperature=draw(st.sampled_from([0.25, 0.7, 1.0, 1.9])),
+        top_k=draw(st.sampled_from([0, 0, 1, 2, 5, 20, 36, 37, 50])),
+        top_p=draw(st.sampled_from([1.0, 0.99, 0.9, 0.61, 0.3, 0.01])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.03, 0.4])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.05, 1.7, 0.8])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5, -1.0])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.25])),
+        logit_bias=draw(st.dictionaries(IDS, st.integers(-8, 8).map(lambda n: n / 2), max_size=3)),
+    )
+
+
+@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4), most=st.sampled_from([4, 1024]))
+def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Asking], most: int) -> None:
+    """Every rule, in any mixture of rows, with many ties; `most`: also where the k largest are not sorted."""
+    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
+    logits = np.array([data.draw(rows) for _ in requests], np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_distribution, "_MOST_SORTED", most)
+        compare(logits, requests)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 20, "top_p": 0.95},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 1.5},
+        {"top_k": 3000, "top_p": 0.99},
+        {"min_p": 0.05},
+        {},
+    ],
+    ids=str,
+)
+def test_the_distribution_is_the_hosts_over_the_real_vocabulary(params: dict[str, Any]) -> None:
+    rng = np.random.default_rng(7)
+    logits = (rng.standard_normal((2, REAL)) * 3).astype(np.float32)
+    logits[:, rng.integers(0, REAL, 300)] += 9
+    history = rng.integers(0, REAL, 500).tolist()
+    one = {"temperature": 0.6, "repetition_penalty": 1.05} | params
+    compare(logits, [asking(history, history[:100], **one), asking(history, **one | {"top_k": 7})])
+
+
+def test_ties_are_broken_by_the_lower_id() -> None:
+    """Greedy takes the first of the largest; of equal tokens the nucleus keeps those with the lowest ids."""
+    logits = np.zeros((2, 1000), np.float32)
+    logits[0, [700, 31, 800]] = 5
+    assert sample_on_device(torch.from_numpy(logits), [asking(), asking()]).tolist() == [31, 0]
+    _, found = on_device(logits, [asking(temperature=1.0, top_p=0.1), asking(temperature=1.0, top_p=0.1)])
+    assert np.flatnonzero(found[1]).tolist() == list(range(100))
+
+
+def test_shares_of_draws() -> None:
+    """Numbers spread evenly over [0, 1) give every token its share, and none to tokens without weight."""
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0])
+    count = 800
+    uniform = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).unsqueeze(1)
+    ids = draw_rows(weights.repeat(count, 1), torch.full((count, 1), 4), uniform).squeeze(1)
+    assert torch.bincount(ids, minlength=6).tolist() == [0, 300, 0, 100, 400, 0]
+    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64)
+    assert draw_rows(weights.repeat(2, 1), torch.full((2, 1), 4), ends).flatten().tolist() == [1, 4]
+
+
+def test_a_token_depends_on_its_own_request_alone() -> None:
+    """Alone or among others, with a seed: the same tokens again."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {},
+        {"temperature": 0.8, "top_k": 9},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"repetition_penalty": 1.4},
+        {"temperature": 1.2, "min_p": 0.02, "logit_bias": {3: 4.0}},
+    ]
+
+    def requests() -> list[Asking]:
+        return [asking([1, 2, 3], **kind) for kind in kinds]
+
+    together = sample_on_device(logits, requests())
+    alone = [sample_on_device(logits[row : row + 1], [request])[0] for row, request in enumerate(requests())]
+    assert together.tolist() == alone
+    backwards = sample_on_device(logits.flip(0), requests()[::-1])
+    assert backwards[::-1].tolist() == alone
+
+
+def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
+    logits = torch.zeros(4, 10)
+    logits[0, 3], logits[1, 4], logits[2] = torch.nan, torch.inf, -torch.inf
+    for params in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}, {"logit_bias": {1: 1.0}}):
+        found = sample_on_device(logits, [asking(**params) for _ in range(4)])
+        assert found[:3].tolist() == [-1, -1, -1], params
+        assert found[3] >= 0
+    nothing = asking(temperature=1.0, allowed=np.zeros(10, bool))
+    assert sample_on_device(logits[3:], [nothing]).tolist() == [-1]
+
+
+@given(st.lists(st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB), min_size=1, max_size=4))
+def test_greedy_picks_are_the_hosts(rows: list[list[float]]) -> None:
+    """Plain ones and those with penalties."""
+    logits = np.array(rows, np.float32)
+    for params in ({}, {"repetition_penalty": 1.3, "logit_bias": {5: 1.0}}):
+        requests = [asking([1, 2, 5], [5], **params) for _ in rows]
+        assert sample_on_device(torch.from_numpy(logits), requests).tolist() == sample(logits, requests).tolist()
