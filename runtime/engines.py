@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
@@ -23,10 +24,11 @@ class Engine(Protocol):
     num_pages: int  # of the pool, page 0 included
     max_context: int  # positions of one sequence
 
-    def forward(self, batch: Batch) -> Float32:
+    def forward(self, batch: Batch) -> Any:
         """Logits f32 [R, vocab] of the rows `batch.logit_indices`; valid until the next call.
 
-        Writes the keys and values of all rows to the pool. Raises AngelForgeError if the engine fails.
+        A NumPy array, or a torch.Tensor on the engine's device. Writes the keys and values of all rows to the pool.
+        Raises AngelForgeError if the engine fails.
         """
 
     def close(self) -> None:
@@ -68,15 +70,24 @@ def load_engine(
     threads: int | None = None,
     draft: bool = False,
     group: Group | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """Loads the engine that was built for `target` into a bundle.
 
-    The pool has `num_pages` pages, or what `cpu_pages` gives for `kv_memory` bytes, with `draft` shared with the pool
-    of the bundle's draft. `threads` is for CPUs; by default all cores. With a `group` it is the engine of all ranks;
-    on every rank but the first this does not return: it works for the first one until that closes its engine, and then
-    ends the process. Raises AngelForgeError if the engine is missing, damaged or unfit.
+    The pool has `num_pages` pages, or what `kv_memory` bytes hold, with `draft` shared with the pool of the bundle's
+    draft; by default what `cpu_pages` gives, or on a GPU what is left. `threads` is for CPUs; by default all cores.
+    With a `group` it is the engine of all ranks; on every rank but the first this does not return: it works for the
+    first one until that closes its engine, and then ends the process. `progress` is told bytes done and in all while
+    weights go to a GPU. Raises AngelForgeError if the engine is missing, damaged or unfit.
     """
-    _check_target(target)
+    found = get_target(target)
+    if found.backend != "onnxruntime":
+        from angelforge.runtime.tensorrt_loading import Wish, load_tensorrt
+
+        if group is not None:
+            raise UsageError(f"Several ranks run on target cpu only so far, not on {target}: use --tensor-parallel 1.")
+        return load_tensorrt(bundle, found, Wish(num_pages, kv_memory, max_batch, draft, progress))
+
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
     if group is not None:
@@ -96,7 +107,14 @@ def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | No
 
     Raises AngelForgeError if there is no draft, or its engine is missing, damaged or unfit.
     """
-    _check_target(target)
+    found = get_target(target)
+    if found.backend != "onnxruntime":
+        from angelforge.runtime.tensorrt_engine import TensorRTEngine
+        from angelforge.runtime.tensorrt_loading import load_tensorrt_draft
+
+        assert isinstance(engine, TensorRTEngine)
+        return load_tensorrt_draft(bundle, found, engine)
+
     from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
     from angelforge.runtime.ranked_engine import RankedEngine
@@ -106,9 +124,3 @@ def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | No
         return OnnxRuntimeDraft(bundle, engine.local, threads or 0, engine.group.ranks)
     assert isinstance(engine, OnnxRuntimeEngine)
     return OnnxRuntimeDraft(bundle, engine, threads or 0)
-
-
-def _check_target(target: str) -> None:
-    backend = get_target(target).backend
-    if backend != "onnxruntime":
-        raise UsageError(f"Target {target} needs {backend}, which this version cannot run. Use target cpu.")

@@ -129,8 +129,11 @@ def draft_needs(bundle: Bundle, target: str, profiles: Sequence[Profile], ranks:
     activation, largest = manifest.precision.activation, largest_of(profiles)
     states = buffer_bytes(activation, (largest.tokens, manifest.model.hidden_size))
     logits = buffer_bytes(DType.F32, (largest.rows, config.draft_vocab_size))
+    own = sum(info.nbytes for name, info in bundle.tensors.items() if name.startswith(_PREFIX))
+    if ranks > 1:  # it needs the whole embedding, of which each rank has a part
+        own += bundle.tensors["model.word_embeddings.weight"].nbytes
     return DeviceNeeds(
-        weights=sum(info.nbytes for name, info in bundle.tensors.items() if name.startswith(_PREFIX)),
+        weights=own,
         activations=max(built.activation_bytes, default=0),
         steps=states + logits + InputLayout(largest).nbytes,
         page=2 * config.num_key_value_heads * manifest.page_size * config.head_dim * activation.itemsize,

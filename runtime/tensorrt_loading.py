@@ -1,4 +1,4 @@
-"""From a bundle and a target with TensorRT to running engines; what this machine lacks is told before anything loads."""
+"""From a bundle and a target with TensorRT to running engines; what this machine lacks is told beforehand."""
 
 from __future__ import annotations
 

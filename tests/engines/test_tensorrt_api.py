@@ -4,20 +4,27 @@ TensorRT 11 itself cannot be installed here, its Python bindings can: over three
 """
 
 import ast
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import tensorrt_on_cpu
 from support.empty_tensorrt import empty_tensorrt
 from support.sources import ROOT
 from support.tensorrt import rtx
 
 PROGRAM = ROOT / "tests" / "support" / "api_names.py"
-FILES = [*sorted((ROOT / "plugins" / "tensorrt").glob("*.py")), *sorted((ROOT / "engines").glob("tensorrt_*.py"))]
+FILES = [
+    *sorted((ROOT / "plugins" / "tensorrt").glob("*.py")),
+    *sorted((ROOT / "engines").glob("tensorrt_*.py")),
+    *(ROOT / "runtime" / name for name in ("tensorrt_session.py", "tensorrt_bindings.py")),  # the others call these
+]
 
 # Only TensorRT for RTX builds for a named architecture, and only TensorRT 11 has ahead-of-time plugins. The code that
 # uses either asks first which library it has.
@@ -91,6 +98,22 @@ def test_all_of_it_is_in_tensorrt_rtx(for_rtx: Any, eleven: Any) -> None:
     assert missing == TENSORRT_ONLY
 
 
+@pytest.mark.parametrize("kind", ["Runtime", "ICudaEngine", "IExecutionContext"])
+def test_the_stand_in_is_called_as_tensorrt_is(for_rtx: Any, eleven: Any, kind: str) -> None:
+    """What tests of the runtime use in TensorRT's place has its methods, with its names of arguments in its order."""
+    classes = vars(tensorrt_on_cpu) | vars(tensorrt_on_cpu.make_library(()).api)
+    methods = {name: member for name, member in vars(classes[kind]).items() if name[0] != "_"}
+    called = {name: member for name, member in methods.items() if name in attributes_used()}
+    assert called
+    for name, member in called.items():
+        for library in (for_rtx, eleven):
+            assert name in library[kind]
+            if inspect.isfunction(member):
+                ours = list(inspect.signature(member).parameters)
+                theirs = [re.findall(r"(?:\(|, )(\w+): ", line) for line in library[kind][name].splitlines()]
+                assert ours in theirs, (name, theirs)
+
+
 def test_what_differs_differs(for_rtx: Any, eleven: Any) -> None:
     assert "ComputeCapability" in for_rtx
     assert "ComputeCapability" not in eleven
@@ -110,6 +133,8 @@ def test_what_differs_differs(for_rtx: Any, eleven: Any) -> None:
         ("DataType", ["FLOAT", "HALF", "BF16", "FP8", "INT32", "INT64", "INT8", "UINT8", "BOOL"]),
         ("NetworkDefinitionCreationFlag", ["PREFER_AOT_PYTHON_PLUGINS"]),
         ("LayerType", ["PLUGIN_V3", "DIST_COLLECTIVE"]),
+        ("TensorIOMode", ["INPUT", "OUTPUT"]),
+        ("ExecutionContextAllocationStrategy", ["USER_MANAGED"]),
     ],
 )
 def test_enums(eleven: Any, kind: str, members: list[str]) -> None:
@@ -128,6 +153,12 @@ def test_enums(eleven: Any, kind: str, members: list[str]) -> None:
         ("IBuilderConfig", "set_timing_cache", 3),
         ("IBuilderConfig", "create_timing_cache", 2),
         ("IPluginRegistry", "get_creator", 4),
+        ("IExecutionContext", "set_optimization_profile_async", 3),
+        ("IExecutionContext", "set_device_memory", 3),
+        ("IExecutionContext", "set_tensor_address", 3),
+        ("IExecutionContext", "execute_async_v3", 2),
+        ("ICudaEngine", "get_device_memory_size_for_profile_v2", 2),
+        ("ICudaEngine", "get_tensor_mode", 2),
     ],
 )
 def test_signatures_are_seen(eleven: Any, kind: str, method: str, arguments: int) -> None:

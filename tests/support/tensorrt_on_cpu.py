@@ -3,8 +3,8 @@
 What TensorRT would compute from the addresses that it was given is computed here from the same addresses, so that all
 that the runtime does around TensorRT's calls can be tried without a GPU. Stricter than TensorRT where a mistake would
 go unseen: every address is aligned and set, shapes lie within the profile, aliased tensors have one address, and no
-context is changed once a captured step uses it. `tests/runtime/test_tensorrt_calls.py` compares its classes with the
-real bindings.
+context is changed once a captured step uses it. `tests/engines/test_tensorrt_api.py` compares its methods
+with those of the real bindings.
 """
 
 import enum

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from angelforge import LLM, SamplingParams
+from angelforge.runtime import tensorrt_loading
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from angelforge.tools.cli import main
 
@@ -133,7 +134,6 @@ def test_a_chat_survives_a_message_that_is_too_long(bundle: Path, llm: LLM) -> N
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0"),
         (["--prompt", "x", "--target", "z80"], "no target 'z80'"),
-        (["--prompt", "x", "--target", "h20"], "Target h20 needs tensorrt"),
         (["--prompt", "x", "--kv-memory-gb", "0"], "--kv-memory-gb is 0"),
         (["--prompt", "x", "--kv-memory-gb", "1e-6"], "KV cache hold 0 pages"),
         (["--prompt", "x", "--max-batch", "5000"], "max_tokens_per_step is 1024"),
@@ -144,6 +144,15 @@ def test_wrong_use_ends_with_code_2_and_a_sentence(bundle: Path, arguments: list
     result = run(bundle, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_target_that_cannot_run_here_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing, and what to do; code 1, since it is the machine."""
+    monkeypatch.setattr(tensorrt_loading, "find_gpu", lambda index: None)
+    result = run(bundle, "--prompt", "x", "--target", "h20")
+    assert result.exit_code == 1
+    assert "Target h20 cannot run on this machine: no NVIDIA GPU with a working driver was found" in result.stderr
+    assert "angelforge doctor" in result.stderr
 
 
 @pytest.mark.parametrize("content", ["", "{", "3", '"x"', "[1, [2]]", "[1.5]", "[true]", '["1"]', "[" * 10**5, "\xff"])

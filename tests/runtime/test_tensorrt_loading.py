@@ -1,0 +1,64 @@
+"""What a machine lacks to run a TensorRT engine is told all at once, before anything is loaded."""
+
+from typing import Any
+
+import pytest
+
+from angelforge.errors import AngelForgeError
+from angelforge.plugins.tensorrt.gpu import GpuFacts
+from angelforge.plugins.tensorrt.library import Library
+from angelforge.runtime import tensorrt_loading
+from angelforge.runtime.tensorrt_loading import require_machine
+from angelforge.targets import get_target
+
+GPU = GpuFacts("NVIDIA H20", "sm_90", 78, 102_600_000_000, "580.65.06")
+LIBRARY = Library("tensorrt", None, "11.4.0")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, torch: bool) -> None:
+    def load(flavour: str) -> Library:
+        if not tensorrt:
+            raise AngelForgeError("TensorRT is not installed; install TensorRT 11 (docs/first-run.md).")
+        return LIBRARY
+
+    def spec(name: str) -> Any:
+        return object() if torch else None
+
+    monkeypatch.setattr(tensorrt_loading, "find_gpu", lambda index: GPU if gpu and index == 0 else None)
+    monkeypatch.setattr(tensorrt_loading, "load_library", load)
+    monkeypatch.setattr(tensorrt_loading, "find_spec", spec)
+
+
+def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, True, True, True)
+    found = require_machine(get_target("h20"))
+    assert (found.gpu, found.library) == (GPU, LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tensorrt", "torch", "told"),
+    [
+        (False, True, True, ["no NVIDIA GPU with a working driver"]),
+        (True, False, True, ["TensorRT is not installed; install TensorRT 11 (docs/first-run.md)"]),
+        (True, True, False, ["torch is not installed; pip install 'angelforge[torch]'"]),
+        (False, False, False, ["no NVIDIA GPU", "TensorRT is not installed", "torch is not installed"]),
+    ],
+)
+def test_everything_that_is_missing_is_told(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, torch: bool, told: list[str]
+) -> None:
+    machine(monkeypatch, gpu, tensorrt, torch)
+    with pytest.raises(AngelForgeError) as caught:
+        require_machine(get_target("h20"))
+    said = str(caught.value)
+    assert said.startswith("Target h20 cannot run on this machine: ")
+    assert said.endswith("angelforge doctor says more; target cpu runs anywhere.")
+    assert all(text in said for text in told)
+    others = {"no NVIDIA GPU", "TensorRT is not installed", "torch is not installed"}
+    assert sum(text in said for text in others) == len(told)
+
+
+def test_a_second_gpu_is_looked_for_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, True, True, True)
+    with pytest.raises(AngelForgeError, match="no NVIDIA GPU number 1 with"):
+        require_machine(get_target("h20"), 1)
