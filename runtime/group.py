@@ -137,8 +137,12 @@ class Group:
         """The error that names who is missing, or else `cause`; the group has ended with it. Takes up to 3 s."""
         if self.failure is None:
             culprit = self._heartbeat.culprit()
-            self.failure = f"{culprit or cause} The {self.ranks} ranks have ended; start them again."
+            self.failure = self._ended(culprit or cause)
         return AngelForgeError(self.failure)
+
+    def leave(self) -> None:
+        """Tells the others that this rank ends because the group has."""
+        self._heartbeat.leave()
 
     def end_at_sigterm(self) -> None:
         """Lets this process hear SIGTERM, as torchrun sends it when a rank has died, as an error that names the rank.
@@ -168,6 +172,9 @@ class Group:
         if self._restored is not None:
             signal.signal(signal.SIGTERM, self._restored)
 
+    def _ended(self, cause: str) -> str:
+        return f"{cause} The {self.ranks} ranks have ended; start them again."
+
     def _broadcast(self, tensor: Any) -> None:
         import torch.distributed as dist
 
@@ -189,8 +196,9 @@ class Group:
             except RuntimeError as error:
                 if work.is_completed():  # it has failed; otherwise only the slice has passed
                     raise self.end(f"The connection between the ranks broke: {_first_line(error)}.") from error
-            if watch.lost():
-                raise self.end("A rank hangs.")
+            if (lost := watch.lost()) is not None:
+                self.failure = self.failure or self._ended(lost)
+                raise AngelForgeError(self.failure)
 
 
 def _rank_of(ranks: int) -> int:

@@ -11,8 +11,9 @@ from contextlib import suppress
 from typing import Any
 
 _BEAT = 0.5  # s between two signs
-SILENT = 6  # looks, a second apart, without a sign: the rank hangs. Looks, not seconds: a job may be suspended
+SILENT = 5  # looks, a second apart, without a sign: the rank hangs. Looks, not seconds: a job may be suspended
 _CERTAIN = 2.0  # s without a sign after something has failed
+STORE_GONE = "The process that keeps the ranks together (torchrun, or rank 0) has died."
 
 
 class Heartbeat:
@@ -41,15 +42,20 @@ class Heartbeat:
             if told := self._told():
                 return told
             after = self.signs()
-            if dead := [rank for rank in self._others if before[rank] == after[rank]]:
-                return self._describe(dead)
-            return None
-        return "The process that keeps the ranks together (torchrun, or rank 0) has died."
+            silent = [rank for rank in self._others if before[rank] == after[rank]]
+            dead = [rank for rank in silent if not self._store.check([f"left/{rank}"])]
+            return self.describe(dead) if dead else None
+        return STORE_GONE
 
     def report(self, message: str) -> None:
         """Says why this rank gives up."""
         with suppress(RuntimeError):
             self._store.set(f"failed/{self._rank}", message)
+
+    def leave(self) -> None:
+        """Says that this rank ends because the group has: nobody need take it for the cause."""
+        with suppress(RuntimeError):
+            self._store.set(f"left/{self._rank}", "1")
 
     def signs(self) -> dict[int, bytes]:
         """The latest sign of every other rank; raises RuntimeError where the store is gone."""
@@ -82,9 +88,10 @@ class Heartbeat:
                 return f"Rank {rank} gave up: {self._store.get(f'failed/{rank}').decode()}"
         return None
 
-    def _describe(self, dead: list[int]) -> str:
+    def describe(self, dead: list[int], what: str = "died") -> str:
+        """A sentence about ranks that have died, or done whatever else."""
         names = " and ".join(f"{rank} ({self._store.get(f'process/{rank}').decode().split()[1]})" for rank in dead)
-        return f"Rank {names} has died." if len(dead) == 1 else f"Ranks {names} have died."
+        return f"Rank {names} has {what}." if len(dead) == 1 else f"Ranks {names} have {what}."
 
 
 class Watch:
@@ -95,15 +102,17 @@ class Watch:
         self._signs: dict[int, bytes] = {}
         self._silent: dict[int, int] = {}
 
-    def lost(self) -> bool:
-        """To be called once a second: whether a rank hangs, or the store is gone. A rank that hangs is killed."""
+    def lost(self) -> str | None:
+        """To be called once a second: who hangs, as a sentence, else None. A rank that hangs is killed."""
         try:
             for rank, sign in self._heartbeat.signs().items():
                 self._silent[rank] = self._silent.get(rank, 0) + 1 if self._signs.get(rank) == sign else 0
                 self._signs[rank] = sign
             hanging = [rank for rank, looks in self._silent.items() if looks >= self._patience]
+            if not hanging:
+                return None
             for rank in hanging:
                 self._heartbeat.kill_silent(rank)
+            return self._heartbeat.describe(hanging, "given no sign of life")
         except RuntimeError:
-            return True
-        return bool(hanging)
+            return STORE_GONE

@@ -17,6 +17,7 @@ from angelforge.runtime.constraint import Constraint
 from angelforge.runtime.depth import Depth
 from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.engines import DraftEngine, Engine, load_draft, load_engine
+from angelforge.runtime.group import Group
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.pages import Lease
@@ -45,6 +46,7 @@ class LLM:
         max_tokens_per_step: int = 1024,
         threads: int | None = None,
         speculate: Depth = "auto",
+        tensor_parallel: int = 1,
     ) -> None:
         """Loads a bundle's engine for a target.
 
@@ -52,12 +54,15 @@ class LLM:
         at most a quarter of the free memory. A step computes up to `max_tokens_per_step` tokens of up to `max_batch`
         requests. `threads` is for CPUs; by default all cores. `speculate` is how many tokens the bundle's draft
         proposes at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or
-        "auto", as many as each request's acceptance makes worth it (none without a draft). Raises AngelForgeError if
+        "auto", as many as each request's acceptance makes worth it (none without a draft). With
+        `tensor_parallel` N, torchrun starts N processes that share the model and all create this: rank 0 goes on, the
+        others never return from here; they work for it until it closes and then end. Raises AngelForgeError if
         anything is missing or does not fit.
         """
         opened = Bundle.open(Path(bundle))
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
         drafting = speculate != 0 and (speculate != "auto" or opened.manifest.draft is not None)
+        group = None if tensor_parallel == 1 else Group.join(tensor_parallel)
         engine = load_engine(
             opened,
             target,
@@ -66,6 +71,7 @@ class LLM:
             max_batch=max_batch,
             threads=threads,
             draft=drafting,
+            group=group,
         )
         draft = load_draft(opened, target, engine, threads=threads) if drafting else None
         self._start(engine, tokenizer, template, max_batch, max_tokens_per_step, draft, speculate)

@@ -12,6 +12,7 @@ from angelforge.runtime.batch import Batch
 from angelforge.runtime.batch_bytes import decode, encode
 from angelforge.runtime.engines import Engine
 from angelforge.runtime.group import Group
+from angelforge.runtime.heartbeat import STORE_GONE
 
 _LOADING = 120  # seconds that a rank may give no sign of life while a library loads its engine
 _LOAD, _BATCH, _STOP = b"L", b"B", b"S"
@@ -82,8 +83,10 @@ def follow(load: Load, group: Group) -> NoReturn:
     except AngelForgeError as error:
         if group.failure is None:
             group.report(str(error))
+        else:
+            group.leave()
         group.close()
-        shown = group.rank == 1 and "Rank 0 (" in str(error)
+        shown = group.rank == 1 and ("Rank 0 (" in str(error) or STORE_GONE in str(error))
         raise SystemExit(f"error: {error}" if shown else 1) from None
     group.close()
     raise SystemExit(0)

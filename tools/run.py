@@ -11,7 +11,7 @@ import click
 from angelforge.errors import UsageError
 from angelforge.runtime.depth import Depth
 from angelforge.runtime.sampling import SamplingParams
-from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
+from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
 from angelforge.tools.options import bundle_argument, json_option
 from angelforge.tools.output import print_json
 from angelforge.tools.run_chat import chat
@@ -53,6 +53,7 @@ DEFAULT = SamplingParams()
 @speculate_option
 @kv_memory_option
 @threads_option
+@tensor_parallel_option
 @json_option
 @click.pass_context
 def run(
@@ -68,6 +69,7 @@ def run(
     speculate: Depth,
     kv_memory: int | None,
     threads: int | None,
+    tensor_parallel: int,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -93,7 +95,15 @@ def run(
         raise UsageError("--logprobs are printed with --json only.")
     params = SamplingParams(**sampling)
     inputs: Sequence[Prompt] = list(prompts) if tokens is None else read_token_lists(tokens)
-    with LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads, speculate=speculate) as llm:
+    with LLM(
+        bundle,
+        target,
+        kv_memory=kv_memory,
+        max_batch=max_batch,
+        threads=threads,
+        speculate=speculate,
+        tensor_parallel=tensor_parallel,
+    ) as llm:
         ok = _run(llm, inputs, params, chatting, system, as_json)
         if llm.speculation is not None:
             click.echo(describe(llm.speculation), err=True)

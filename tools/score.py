@@ -13,7 +13,7 @@ from angelforge.atomic import atomic_file
 from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.batch import Float32
-from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
+from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
 from angelforge.tools.options import bundle_argument, json_option
 from angelforge.tools.output import format_bytes, format_seconds, print_json, total_progress
 from angelforge.tools.token_file import read_token_lists
@@ -28,6 +28,7 @@ _HEADER_BYTES = 4096  # more than the header of any .npy file
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The .npy file to write.")
 @kv_memory_option
 @threads_option
+@tensor_parallel_option
 @json_option
 def score(
     bundle: Path,
@@ -36,6 +37,7 @@ def score(
     output: Path,
     kv_memory: int | None,
     threads: int | None,
+    tensor_parallel: int,
     as_json: bool,
 ) -> None:
     """Write the logits at every position of token ids, f32 [tokens, vocabulary], as a NumPy file.
@@ -55,7 +57,7 @@ def score(
     if len(lists) != 1:
         raise UsageError(f"{tokens} holds {len(lists)} lists of token ids, but one was expected.")
     begin = perf_counter()
-    with LLM(bundle, target, kv_memory=kv_memory, max_batch=1, threads=threads) as llm:
+    with LLM(bundle, target, kv_memory=kv_memory, max_batch=1, threads=threads, tensor_parallel=tensor_parallel) as llm:
         shape = (len(lists[0]), llm.config.vocab_size)
         pieces = llm.score_pieces(lists[0])
         with total_progress("score", "tokens") as report:
