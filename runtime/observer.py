@@ -20,13 +20,22 @@ class Load:
     waiting: int  # requests that do not yet
     pages_used: int
     pages_free: int
+    pages_cached: int  # whose prefix can be found again, held or free
+    set_back: int  # requests that had to give their pages to older ones, since the start
 
     @classmethod
     def of(cls, llm: LLM) -> Load:
         """The state between two steps; only the thread that steps may ask while one is stepping."""
         scheduler = llm.stepper.scheduler
         pool = scheduler.pool
-        return cls(len(scheduler.running), len(scheduler.waiting), pool.capacity - pool.free, pool.free)
+        return cls(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=pool.capacity - pool.free,
+            pages_free=pool.free,
+            pages_cached=pool.cached,
+            set_back=scheduler.set_back,
+        )
 
 
 class Observer:

@@ -82,13 +82,14 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """(a sentence about the first thing that is wrong, the field) of what pydantic found. Never quotes the input."""
-    first = min(errors, key=lambda error: len(error["loc"]) and error["type"] != "extra_forbidden")
+    first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
+    if place[:1] == ["prompt"]:  # one of several forms, each of which has its own error
+        return "prompt: a text, a list of texts, a list of token ids or a list of such lists is expected.", "prompt"
     param = ".".join(place) or None
     if first["type"] == "extra_forbidden":
         return f"Unrecognized request argument supplied: {param}.", param
     if first["type"] == "json_invalid":
         return "The body is not valid JSON.", None
-    text = str(first["msg"])
-    text = text.removeprefix("Value error, ").rstrip(".")
+    text = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     return (f"{param}: {text}." if param else f"The body: {text}."), param

@@ -15,9 +15,10 @@ from angelforge.runtime.server.errors import ApiError
 from angelforge.runtime.server.schemas import Function
 from angelforge.runtime.server.vocabulary import Vocabulary
 
-# Whitespace between JSON's parts, enough to indent: without a bound a small model can go on with blanks for ever.
-_SPACE = r"[ \n\r\t]{0,32}"
-_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": _SPACE}
+# What may stand between JSON's parts: a blank, or a new line with its indentation. Were any whitespace allowed, a model
+# could go on with blanks until its tokens are used up.
+_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"( |\n {0,16})?"}
+_ON_ONE_LINE: Any = {"whitespace_flexible": True, "whitespace_pattern": " ?"}
 
 
 class Grammar:
@@ -75,7 +76,7 @@ def tool_call_grammar(functions: Sequence[Function]) -> str:
             "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
-            "x-guidance": _OPTIONS,
+            "x-guidance": _ON_ONE_LINE,
         }
         lines.append(f'call_{number}: "<tool_call>\\n" %json {json.dumps(schema)} "\\n</tool_call>"')
     return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Int64
 from angelforge.runtime.call import Call, Work
 from angelforge.runtime.request import Delta, RequestOutput
@@ -40,13 +41,16 @@ class Host:
             raise ApiError(404, message, "model", "model_not_found")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> Int64:
-        """Token ids of a text, int64 [n]. Raises ApiError (400) without a tokenizer."""
+        """Token ids of a text, int64 [n]. Raises ApiError (400) without a tokenizer, and for what is no text."""
         tokenizer = self.service.llm.tokenizer
         if tokenizer is None:
             raise ApiError(400, "The bundle has no tokenizer: prompts have to be token ids.", "prompt")
-        if len(text) < _LONG:
-            return np.array(tokenizer.encode(text, add_special_tokens), np.int64)
-        return np.array(await asyncio.to_thread(tokenizer.encode, text, add_special_tokens), np.int64)
+        try:
+            if len(text) < _LONG:
+                return np.array(tokenizer.encode(text, add_special_tokens), np.int64)
+            return np.array(await asyncio.to_thread(tokenizer.encode, text, add_special_tokens), np.int64)
+        except AngelForgeError as error:
+            raise ApiError(400, str(error), "prompt") from None
 
     def check_length(self, ids: Int64, param: str) -> None:
         """Raises ApiError (400) for a prompt that is longer than the context."""

@@ -47,6 +47,8 @@ class Metrics(Observer):
         gauge("requests_waiting", "Generations that wait for a place.", lambda: load().waiting)
         gauge("kv_pages_used", "Pages of the KV cache that are held.", lambda: load().pages_used)
         gauge("kv_pages_free", "Pages of the KV cache that are free.", lambda: load().pages_free)
+        gauge("kv_pages_cached", "Pages whose prefix can be found again, held or free.", lambda: load().pages_cached)
+        gauge("requests_set_back", "Generations that gave their pages to older ones, so far.", lambda: load().set_back)
         gauge("healthy", "1 while /health answers 200.", lambda: float(healthy()))
 
     def page(self) -> bytes:

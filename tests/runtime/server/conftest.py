@@ -12,7 +12,7 @@ from angelforge.runtime.llm import LLM
 TOOL_TEMPLATE = """\
 {%- if tools -%}<role>SYSTEM</role># Tools
 {%- for tool in tools %}
-{{ tool | tojson }}
+{{ tool.function | tojson }}
 {%- endfor %}
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
