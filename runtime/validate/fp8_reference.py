@@ -32,7 +32,11 @@ class Fp8Reference(Reference):
     """
 
     def __init__(
-        self, config: Mapping[str, Any], tensors: Callable[[str], Array], dtype: type[np.floating[Any]] = np.float64
+        self,
+        config: Mapping[str, Any],
+        tensors: Callable[[str], Array],
+        dtype: type[np.floating[Any]] = np.float64,
+        keep: bool = True,
     ) -> None:
         """`config` and `tensors` as of `Reference`; FP8 weights are given dequantised."""
         self.shared: int = config.get("num_shared_experts") or 0
@@ -41,7 +45,7 @@ class Fp8Reference(Reference):
         def tensor(name: str) -> Array:
             return tensors(name) if stored or not is_quantised(name) else self._rounded_weight(name, tensors(name))
 
-        super().__init__(config, tensor, dtype)
+        super().__init__(config, tensor, dtype, keep)
 
     def _linear(self, x: Array, name: str) -> Array:
         # A shared MLP counts as several experts, and each quantises its own activation.

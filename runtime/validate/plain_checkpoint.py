@@ -31,29 +31,43 @@ def checkpoint_config(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_tensors(folder: Path) -> Callable[[str], Array]:
-    """A function from a tensor's name to its array; quantised weights come dequantised, f32."""
-    found: dict[str, Array] = {}
+    """A function from a tensor's name to its array, read when asked for; quantised weights come dequantised, f32."""
+    found: dict[str, tuple[Path, Any, list[int], int, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found.update(read_safetensors(path))
+        found.update({name: (path, *place) for name, place in _places(path).items()})
+
+    def read(name: str) -> Array:
+        path, dtype, shape, begin, end = found[name]
+        with path.open("rb") as file:
+            file.seek(begin)
+            return np.frombuffer(file.read(end - begin), dtype).reshape(shape)
 
     def tensor(name: str) -> Array:
-        scale = found.get(name + "_scale_inv")
-        return found[name] if scale is None else dequantise(found[name], scale)
+        scale = name + "_scale_inv"
+        return dequantise(read(name), read(scale)) if scale in found else read(name)
 
     return tensor
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
-    """Every tensor of one file, mapped into memory."""
-    data = np.memmap(path, np.uint8, "r")
-    (length,) = struct.unpack("<Q", data[:8].tobytes())
-    header = json.loads(data[8 : 8 + length].tobytes())
+def _places(path: Path) -> dict[str, tuple[Any, list[int], int, int]]:
+    """Type, shape, begin and end of every tensor of a file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = np.frombuffer(data[begin:end].tobytes(), _TYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    return {
+        name: (_TYPES[entry["dtype"]], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """Every tensor of one file, in memory."""
+    data = path.read_bytes()
+    return {
+        name: np.frombuffer(data[begin:end], dtype).reshape(shape)
+        for name, (dtype, shape, begin, end) in _places(path).items()
+    }
 
 
 def dequantise(weight: Array, scale: Array) -> Array:

@@ -48,22 +48,31 @@ class Reference:
     """The whole model, computed in `dtype` (f64 unless told otherwise) from the tensors of a checkpoint.
 
     `config` is the dictionary of a config.json, or a dataclass with fields of the same names. `tensors` gives a
-    checkpoint's tensor by its name, in any float type.
+    checkpoint's tensor by its name, in any float type. Without `keep` memory is one weight matrix.
     """
 
-    def __init__(self, config: Any, tensors: Callable[[str], Array], dtype: type[np.floating[Any]] = np.float64):
+    def __init__(
+        self,
+        config: Any,
+        tensors: Callable[[str], Array],
+        dtype: type[np.floating[Any]] = np.float64,
+        keep: bool = True,
+    ):
         raw: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
         self.config = raw
         self.dtype = np.dtype(dtype)
         self._tensors = tensors
         self._cache: dict[str, Array] = {}
+        self._keep = keep
         self.heads: int = raw["num_attention_heads"]
         self.kv_heads: int = raw["num_key_value_heads"]
         self.head_dim: int = raw.get("head_dim") or raw["hidden_size"] // self.heads
         self.layers: int = raw["num_hidden_layers"]
 
     def tensor(self, name: str) -> Array:
-        """One tensor of the checkpoint in the type of the computation; kept, since tests ask again and again."""
+        """One tensor of the checkpoint in the type of the computation; kept where asked for (`keep`)."""
+        if not self._keep:
+            return np.asarray(self._tensors(name)).astype(self.dtype)
         if name not in self._cache:
             self._cache[name] = np.asarray(self._tensors(name)).astype(self.dtype)
         return self._cache[name]

@@ -1,9 +1,4 @@
-"""Runs kernels in Triton's interpreter: with exact float conversions, on checked memory.
-
-Triton's own conversions are wrong (3.6 to 3.8: f32 → bf16 truncates; f32 → e4m3 loses the carry and does not
-saturate). A GPU rounds to nearest even and saturates e4m3 to ±448, and so do these. Its dot multiplies the bits of
-bf16 values as integers; here it multiplies their values in f32.
-"""
+"""Runs kernels in Triton's interpreter: with the product's exact numbers (`interpreted.py`), on checked memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,49 +8,21 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import torch
-import triton.language as tl
 from triton.runtime import interpreter
 
+from angelforge.plugins.device.interpreted import NUMPY_TYPES, dot, exact_numbers
+from angelforge.plugins.device.interpreted import convert_float as convert_float
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.run_kernel import allocate, bind_tensors, launch
 
 H20 = Gpu("sm_90", 78)
 FEW_SMS = Gpu("sm_90", 3)  # persistent kernels take several turns even on small shapes
 
-_NUMPY = {
-    tl.float64: np.dtype(np.float64),
-    tl.float32: np.dtype(np.float32),
-    tl.float16: np.dtype(np.float16),
-    tl.bfloat16: np.dtype(ml_dtypes.bfloat16),
-    tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn),
-    tl.float8e5: np.dtype(ml_dtypes.float8_e5m2),
-}
-_SATURATING = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
-
-
-def convert_float(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:
-    """Bits of `values` (typed or as bits) in the type `target`: rounded to nearest even, FP8 saturated, NaN kept."""
-    if rounding_mode not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
-        raise NotImplementedError(f"rounding mode {rounding_mode}")
-    wide = np.ascontiguousarray(values).view(_NUMPY[source]).astype(np.float64 if source == tl.float64 else np.float32)
-    if target in _SATURATING:
-        wide = np.clip(wide, -_SATURATING[target], _SATURATING[target])
-    with np.errstate(over="ignore", invalid="ignore"):
-        return wide.astype(_NUMPY[target]).view(f"u{_NUMPY[target].itemsize}").reshape(np.shape(values))
-
-
-def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """a · b + d in the accumulator's type; narrow operands are widened exactly."""
-    left, right = (
-        np.asarray(x.data).view(_NUMPY.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
-    )
-    return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
-
 
 def ordered_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     """`dot` that adds one product after another: its result does not depend on the tile's shape, as NumPy's may."""
     left, right = (
-        np.asarray(x.data).view(_NUMPY.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
+        np.asarray(x.data).view(NUMPY_TYPES.get(x.dtype.scalar, x.data.dtype)).astype(d.data.dtype) for x in (a, b)
     )
     total = d.data.copy()
     for k in range(left.shape[-1]):
@@ -102,23 +69,10 @@ def exact_interpreter(
         _check(pointers, mask.data, write, "write")
         return store(self, pointers, value, mask, *rest, **named)
 
-    patch_lang, patched = interpreter._patch_lang, set()
-
-    def patch_once(function: Any) -> Any:
-        """The language's functions are replaced at the kernel's start, not again for every device function."""
-        languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
-        if languages in patched:
-            return interpreter._LangPatchScope()
-        patched.add(languages)
-        return patch_lang(function)
-
     with (
-        mock.patch.object(interpreter, "_patch_lang", patch_once),
-        mock.patch.object(interpreter, "_convert_float", convert_float),
-        mock.patch.object(builder, "create_dot", ordered_dot if ordered else dot),
+        exact_numbers(ordered_dot if ordered else dot),
         mock.patch.object(builder, "create_masked_load", checked_load),
         mock.patch.object(builder, "create_masked_store", checked_store),
-        np.errstate(all="ignore"),
     ):
         yield
 

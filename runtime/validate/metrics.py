@@ -1,0 +1,98 @@
+"""How far apart two tensors are, in the figures that reports show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One element: where it is, and what both sides have there."""
+
+    index: tuple[int, ...]
+    expected: float
+    found: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of `found` from `expected`, two tensors of one shape."""
+
+    shape: tuple[int, ...]
+    max_error: float  # largest |found − expected|
+    relative_error: float  # the same over the largest |expected|
+    cosine: float  # of the two as vectors; 1 where both are 0
+    differing: float  # share of elements that are not equal
+    worst: tuple[Worst, ...]  # the elements that differ most, worst first
+
+    @property
+    def finite(self) -> bool:
+        """Whether the difference is a number."""
+        return bool(np.isfinite(self.relative_error))
+
+
+def difference(found: Array, expected: Array, most: int = 3) -> Difference:
+    """Compares two tensors of equal shape in f64; NaN and infinity on one side only are an infinite error."""
+    had, wanted = (np.asarray(a).astype(np.float64) for a in (found, expected))
+    if had.shape != wanted.shape:
+        return Difference(tuple(wanted.shape), np.inf, np.inf, 0.0, 1.0, ())
+    if wanted.size == 0:
+        return Difference(tuple(wanted.shape), 0.0, 0.0, 1.0, 0.0, ())
+    same = (had == wanted) | (np.isnan(had) & np.isnan(wanted))
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.where(same, 0.0, np.abs(had - wanted))
+    error = np.where(np.isnan(error), np.inf, error)
+    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0)
+    top = float(error.max())
+    relative = top / float(largest) if largest else (0.0 if top == 0 else np.inf)
+    order = np.argsort(-error, axis=None, kind="stable")[:most]
+    places = [tuple(int(i) for i in np.unravel_index(place, error.shape)) for place in order]
+    worst = tuple(Worst(p, float(wanted[p]), float(had[p])) for p in places if error[p] > 0)
+    return Difference(tuple(wanted.shape), top, relative, _cosine(had, wanted), float((~same).mean()), worst)
+
+
+def _cosine(had: Array, wanted: Array) -> float:
+    a, b = had.ravel(), wanted.ravel()
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if norms == 0.0:
+        return 1.0 if not a.any() and not b.any() else 0.0
+    return float(np.clip(a @ b / norms, -1.0, 1.0))
+
+
+def log_softmax(logits: Array) -> Array:
+    """Natural logarithms of the softmax over the last axis, f64."""
+    wide = np.asarray(logits, np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class LogitRow:
+    """How one position's logits compare."""
+
+    sequence: int
+    position: int
+    error: float  # largest |difference|
+    kl: float  # KL(expected ‖ found), nats
+    top1: bool  # the same best token
+    top5: float  # share of the five best that both have
+
+
+def logit_rows(found: Array, expected: Array, rows: tuple[tuple[int, int], ...]) -> list[LogitRow]:
+    """Compares logits [R, vocab] row by row; `rows` are (sequence, position) of each."""
+    wanted, had = log_softmax(expected), log_softmax(found)
+    kl = np.maximum((np.exp(wanted) * (wanted - had)).sum(axis=-1), 0.0)
+    error = np.abs(np.asarray(found, np.float64) - expected).max(axis=-1)
+    first = found.argmax(axis=-1) == expected.argmax(axis=-1)
+    k = min(5, found.shape[-1])
+    best = [np.argpartition(-np.asarray(side), k - 1, axis=-1)[:, :k] for side in (found, expected)]
+    shared = [len(set(a.tolist()) & set(b.tolist())) / k for a, b in zip(*best, strict=True)]
+    return [LogitRow(s, p, float(error[i]), float(kl[i]), bool(first[i]), shared[i]) for i, (s, p) in enumerate(rows)]

@@ -1,0 +1,110 @@
+"""References that users name: Hugging Face transformers, the project's NumPy model, or any Python function.
+
+Only code that the user names is run, and none of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from angelforge.bundle import Bundle
+from angelforge.config import ModelConfig
+from angelforge.errors import AngelForgeError, UsageError
+from angelforge.runtime.validate.cutting import Array
+from angelforge.runtime.validate.fp8_reference import Fp8Reference
+from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.reference import Reference
+
+Logits = Callable[[Array], Array]  # int64 [n] → [n, vocab]
+FORMS = "numpy:CHECKPOINT, transformers:CHECKPOINT or MODULE:FUNCTION"
+
+
+def load_logits(text: str, bundle: Bundle) -> Logits:
+    """The function that `text` names: "numpy:DIR", "transformers:DIR" or "module:function".
+
+    Raises:
+        UsageError: `text` names nothing that can be called.
+        AngelForgeError: a package is missing or refuses the checkpoint.
+    """
+    kind, colon, rest = text.partition(":")
+    if not colon or not kind or not rest:
+        raise UsageError(f"--reference is {text!r}, but one of {FORMS} is needed.")
+    if kind == "numpy":
+        return numpy_reference(Path(rest), bundle).logits
+    if kind == "transformers":
+        return _transformers(rest)
+    return _function(kind, rest)
+
+
+def numpy_reference(checkpoint: Path, bundle: Bundle) -> Reference:
+    """The independent NumPy model on a checkpoint's weights, in f64, as the bundle stretches and quantises it."""
+    if not (checkpoint / "config.json").is_file():
+        raise UsageError(f"{checkpoint} has no config.json; the reference needs a checkpoint folder.")
+    model = bundle.manifest.model
+    config = {**checkpoint_config(checkpoint), "num_hidden_layers": model.num_hidden_layers}
+    config["rope_scaling"] = config.get("rope_scaling") or rope_keys(model).get("rope_scaling")
+    kind = Fp8Reference if bundle.manifest.precision.quantized else Reference
+    return kind(config, checkpoint_tensors(checkpoint))
+
+
+def rope_keys(model: ModelConfig) -> dict[str, Any]:
+    """What the reference has to know of YaRN that an export added to the checkpoint's configuration."""
+    return {} if model.rope_scaling is None else {"rope_scaling": asdict(model.rope_scaling)}
+
+
+def _function(module: str, name: str) -> Logits:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` finds modules
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--reference names the module {module!r}, but {error.name!r} cannot be found.") from error
+    except AttributeError:
+        raise UsageError(f"The module {module!r} has nothing called {name!r}.") from None
+    if not callable(found):
+        raise UsageError(f"{module}:{name} cannot be called; a function from token ids to logits is needed.")
+    return lambda ids: _checked(found(ids), len(ids), f"{module}:{name}")
+
+
+def _checked(logits: Any, tokens: int, name: str) -> Array:
+    if hasattr(logits, "detach"):  # a torch tensor
+        logits = logits.detach().float().cpu().numpy()
+    array = np.asarray(logits)
+    array = array[0] if array.ndim == 3 and len(array) == 1 else array
+    if array.ndim != 2 or len(array) != tokens:
+        raise AngelForgeError(
+            f"The reference {name} gave logits of shape {list(array.shape)} for {tokens} ids, expected "
+            f"[{tokens}, vocabulary]."
+        )
+    return array
+
+
+def _transformers(checkpoint: str) -> Logits:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise AngelForgeError(
+            f"The Python package {error.name!r} is missing: pip install transformers torch, or use numpy:CHECKPOINT."
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, torch_dtype=torch.float32)
+    except (ValueError, OSError) as error:  # it does not know the architecture, or the folder
+        raise AngelForgeError(
+            f"transformers cannot load {checkpoint} without code of the checkpoint: {str(error).splitlines()[0]}. "
+            "Wrap a model that you trust in a function and name it with --reference MODULE:FUNCTION."
+        ) from error
+    model.eval()
+
+    def logits(ids: Array) -> Array:
+        with torch.no_grad():
+            return _checked(model(torch.from_numpy(ids)[None]).logits, len(ids), "transformers")
+
+    return logits

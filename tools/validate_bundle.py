@@ -1,0 +1,117 @@
+"""What `angelforge validate BUNDLE` runs, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from angelforge.bundle import Bundle
+from angelforge.engines.cpu import open_engine
+from angelforge.errors import UsageError
+from angelforge.runtime.validate.compare import Finding
+from angelforge.runtime.validate.data import Schedule
+from angelforge.runtime.validate.engine_graph import EngineGraph
+from angelforge.runtime.validate.kernel_graph import KernelGraph
+from angelforge.runtime.validate.operations import JudgeGraph, judge_graph
+from angelforge.runtime.validate.references import load_logits
+from angelforge.runtime.validate.results import Validation
+from angelforge.runtime.validate.runners import BundleRunner, EngineRunner, JudgeRunner, KernelRunner, ReferenceRunner
+from angelforge.runtime.validate.thresholds import Thresholds, thresholds
+from angelforge.runtime.validate.walk import Candidate, compare_walk
+from angelforge.runtime.validate.whole import compare_whole
+from angelforge.targets import get_target
+from angelforge.tools.validate_data import DataOptions, make_schedule
+
+KERNELS = "kernels"
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asked for."""
+
+    subject: Path
+    engine: str
+    reference: str | None
+    by_layer: bool
+    by_operator: bool
+    layers: list[int] | None
+    data: DataOptions
+
+
+def run_job(job: Job, report: Report) -> Validation:
+    """Compares whole models, then layers and operators where asked for, or where only they can judge or locate.
+
+    Raises:
+        UsageError: options that the bundle does not know.
+        AngelForgeError: a side cannot be loaded or run.
+    """
+    bundle = Bundle.open(job.subject)
+    bundle.require_weights()
+    as_stored = job.engine == KERNELS or get_target(job.engine).backend != "onnxruntime"
+    limits = thresholds(bundle.manifest.precision, as_stored)
+    planned, told = make_schedule(bundle, job.data)
+    places = _places(bundle, job.layers)
+    wholes = []
+    if places is None:
+        judge_runner = JudgeRunner(bundle, planned.num_pages, as_stored=as_stored)
+        wholes.append(compare_whole(judge_runner, _runner(bundle, job.engine, planned), planned, limits))
+    if job.reference is not None:
+        logits = load_logits(job.reference, bundle)
+        named = ReferenceRunner(bundle, logits, f"reference: {job.reference}", planned.num_pages)
+        exact = thresholds(bundle.manifest.precision, as_stored=False)
+        wholes.append(compare_whole(named, JudgeRunner(bundle, planned.num_pages), planned, exact))
+    engine_ok = all(whole.ok for whole in wholes[:1])
+    layered: tuple[Finding, ...] = ()
+    single: tuple[Finding, ...] = ()
+    judge = judge_graph(bundle, as_stored)
+    unjudged = limits.logits is None and not job.by_layer
+    if job.by_layer or job.by_operator or unjudged or places is not None or not engine_ok:
+        candidate = _candidate(bundle, job.engine, judge)
+        if job.by_layer:
+            layered = _walk(judge, candidate, bundle, planned, limits, True, places, report)
+        if job.by_operator or unjudged or not engine_ok or not all(f.ok for f in layered) or not job.by_layer:
+            single = _walk(judge, candidate, bundle, planned, limits, False, places, report)
+    precision = bundle.manifest.precision.value
+    return Validation(str(job.subject), precision, job.engine, told, limits, tuple(wholes), layered, single)
+
+
+def _walk(
+    judge: JudgeGraph,
+    candidate: Candidate,
+    bundle: Bundle,
+    planned: Schedule,
+    limits: Thresholds,
+    by_layer: bool,
+    places: list[str] | None,
+    report: Report,
+) -> tuple[Finding, ...]:
+    found = compare_walk(judge, candidate, bundle, planned, limits, by_layer=by_layer, places=places, report=report)
+    return tuple(found)
+
+
+def _runner(bundle: Bundle, engine: str, planned: Schedule) -> BundleRunner:
+    if engine == KERNELS:
+        return KernelRunner(bundle, planned.num_pages)
+    return EngineRunner(bundle, engine, planned.num_pages)
+
+
+def _candidate(bundle: Bundle, engine: str, judge: JudgeGraph) -> Candidate:
+    """What can be run in pieces: the CPU engine's graph; for a GPU engine the kernels that are its operators."""
+    if engine != KERNELS and get_target(engine).backend == "onnxruntime":
+        model = ir.from_proto(onnx.ModelProto.FromString(open_engine(bundle)))
+        return EngineGraph(model, bundle.folder, judge)
+    return KernelGraph(bundle)
+
+
+def _places(bundle: Bundle, layers: list[int] | None) -> list[str] | None:
+    if layers is None:
+        return None
+    most = bundle.manifest.model.num_hidden_layers
+    if any(layer >= most for layer in layers):
+        raise UsageError(f"--layers names layer {max(layers)}, but the bundle has the layers 0 to {most - 1}.")
+    return [f"layer {layer}" for layer in layers]

@@ -1,0 +1,68 @@
+"""The tokens of `angelforge validate`: a file, the demo's dialogues, or random ones; packed as a server packs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from angelforge.bundle import Bundle
+from angelforge.errors import UsageError
+from angelforge.runtime.validate.data import Schedule, random_sequences, schedule
+from angelforge.tools.token_file import read_token_lists
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the command line asked for."""
+
+    tokens: Path | None
+    dialogues: bool
+    random: int | None
+    length: int
+    chunk: int
+    padding: int
+    seed: int
+
+
+def make_schedule(bundle: Bundle, options: DataOptions) -> tuple[Schedule, str]:
+    """The packed calls, and what they are in words; raises UsageError where options contradict each other."""
+    model = bundle.manifest.model
+    if sum((options.tokens is not None, options.dialogues, options.random is not None)) > 1:
+        raise UsageError("--tokens, --dialogues and --random exclude each other; name one.")
+    if options.tokens is not None:
+        sequences, told = read_token_lists(options.tokens), str(options.tokens)
+    elif options.dialogues:
+        sequences, told = _dialogues(bundle), "the demo's dialogues"
+    else:
+        count = options.random or 2
+        length = min(options.length, bundle.manifest.max_context * 3 // 4)
+        made = random_sequences(count, model.vocab_size, length, options.seed)
+        sequences, told = [ids.tolist() for ids in made], f"{count} random sequences"
+    planned = schedule(
+        sequences,
+        page_size=bundle.manifest.page_size,
+        vocab_size=model.vocab_size,
+        max_context=bundle.manifest.max_context,
+        chunk=options.chunk,
+        padding=options.padding,
+        seed=options.seed,
+    )
+    longest = max(map(len, sequences))
+    words = f"{told}: {planned.positions} tokens in {len(planned.steps)} packed calls, the longest sequence {longest}"
+    return planned, words
+
+
+def _dialogues(bundle: Bundle) -> list[list[int]]:
+    from angelforge.runtime.chat import ChatTemplate
+    from angelforge.runtime.tokenizer import Tokenizer
+    from angelforge.tools.demo_answers import CALLS
+
+    tokenizer, template = Tokenizer.load(bundle.folder), ChatTemplate.load(bundle.folder)
+    if tokenizer is None or template is None:
+        raise UsageError(f"The bundle {bundle.folder} has no tokenizer or no chat template; use --tokens or --random.")
+    found = []
+    for call in CALLS:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(call)]
+        found.append(tokenizer.encode(template.render(messages), add_special_tokens=False))
+    return found
