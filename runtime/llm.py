@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -47,17 +48,19 @@ class LLM:
         threads: int | None = None,
         speculate: Depth = "auto",
         tensor_parallel: int = 1,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Loads a bundle's engine for a target.
 
         The KV cache has `num_pages` pages or takes `kv_memory` bytes; by default what `max_batch` full contexts need,
-        at most a quarter of the free memory. A step computes up to `max_tokens_per_step` tokens of up to `max_batch`
-        requests. `threads` is for CPUs; by default all cores. `speculate` is how many tokens the bundle's draft
-        proposes at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or
-        "auto", as many as each request's acceptance makes worth it (none without a draft). With
-        `tensor_parallel` N, torchrun starts N processes that share the model and all create this: rank 0 goes on, the
-        others never return from here; they work for it until it closes and then end. Raises AngelForgeError if
-        anything is missing or does not fit.
+        at most a quarter of the free memory, or on a GPU what the weights leave. A step computes up to
+        `max_tokens_per_step` tokens of up to `max_batch` requests; an engine that was built for fewer tokens gets
+        fewer. `threads` is for CPUs; by default all cores. `speculate` is how many tokens the bundle's draft proposes
+        at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or "auto", as
+        many as each request's acceptance makes worth it (none without a draft). With `tensor_parallel` N, torchrun
+        starts N processes that share the model and all create this: rank 0 goes on, the others never return from here;
+        they work for it until it closes and then end. `progress` is told bytes done and in all while weights go to a
+        GPU. Raises AngelForgeError if anything is missing or does not fit.
         """
         opened = Bundle.open(Path(bundle))
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
@@ -72,9 +75,11 @@ class LLM:
             threads=threads,
             draft=drafting,
             group=group,
+            progress=progress,
         )
         draft = load_draft(opened, target, engine, threads=threads) if drafting else None
-        self._start(engine, tokenizer, template, max_batch, max_tokens_per_step, draft, speculate)
+        tokens = min(max_tokens_per_step, getattr(engine, "max_tokens", max_tokens_per_step))
+        self._start(engine, tokenizer, template, max_batch, tokens, draft, speculate)
 
     @classmethod
     def from_engine(
@@ -265,7 +270,8 @@ class LLM:
         try:
             for begin in range(0, ids.shape[0], rows):
                 tokens = ids[begin : begin + rows]
-                yield engine.forward(pack([Piece(tokens, begin, lease.pages, tokens.shape[0])], limits.page_size))
+                batch = pack([Piece(tokens, begin, lease.pages, tokens.shape[0])], limits.page_size)
+                yield _on_host(engine.forward(batch))
         finally:
             lease.release()
 
@@ -273,3 +279,13 @@ class LLM:
         if self._engine is None:
             raise UsageError("This LLM is closed. Load the bundle again.")
         return self._engine
+
+
+def _on_host(logits: Any) -> Float32:
+    """Logits of any engine as a NumPy array."""
+    if isinstance(logits, np.ndarray):
+        return logits
+    from angelforge.runtime.device import to_host  # needs torch
+
+    values: Float32 = to_host(logits)
+    return values

@@ -55,6 +55,7 @@ class TensorRTEngine:
         manifest, profiles = bundle.manifest, opened.profiles
         self.config: ModelConfig = manifest.model
         self.page_size, self.max_context = manifest.page_size, manifest.max_context
+        self.max_tokens = profiles[-1].tokens.most  # of one step, as the next two
         self.max_batch, self.max_rows = profiles[-1].batch.most, profiles[-1].logit_rows.most
         if options.max_batch > self.max_batch:
             raise UsageError(

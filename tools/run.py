@@ -13,7 +13,7 @@ from angelforge.runtime.depth import Depth
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
 from angelforge.tools.options import bundle_argument, json_option
-from angelforge.tools.output import print_json
+from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.run_chat import chat
 from angelforge.tools.run_text import print_outputs
 from angelforge.tools.speculation_text import describe, speculate_option
@@ -95,15 +95,18 @@ def run(
         raise UsageError("--logprobs are printed with --json only.")
     params = SamplingParams(**sampling)
     inputs: Sequence[Prompt] = list(prompts) if tokens is None else read_token_lists(tokens)
-    with LLM(
-        bundle,
-        target,
-        kv_memory=kv_memory,
-        max_batch=max_batch,
-        threads=threads,
-        speculate=speculate,
-        tensor_parallel=tensor_parallel,
-    ) as llm:
+    with total_progress("load weights") as progress:
+        loaded = LLM(
+            bundle,
+            target,
+            kv_memory=kv_memory,
+            max_batch=max_batch,
+            threads=threads,
+            speculate=speculate,
+            tensor_parallel=tensor_parallel,
+            progress=progress,
+        )
+    with loaded as llm:
         ok = _run(llm, inputs, params, chatting, system, as_json)
         if llm.speculation is not None:
             click.echo(describe(llm.speculation), err=True)

@@ -57,7 +57,17 @@ def score(
     if len(lists) != 1:
         raise UsageError(f"{tokens} holds {len(lists)} lists of token ids, but one was expected.")
     begin = perf_counter()
-    with LLM(bundle, target, kv_memory=kv_memory, max_batch=1, threads=threads, tensor_parallel=tensor_parallel) as llm:
+    with total_progress("load weights") as progress:
+        loaded = LLM(
+            bundle,
+            target,
+            kv_memory=kv_memory,
+            max_batch=1,
+            threads=threads,
+            tensor_parallel=tensor_parallel,
+            progress=progress,
+        )
+    with loaded as llm:
         shape = (len(lists[0]), llm.config.vocab_size)
         pieces = llm.score_pieces(lists[0])
         with total_progress("score", "tokens") as report:

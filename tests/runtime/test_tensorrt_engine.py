@@ -169,6 +169,13 @@ def test_text_is_that_of_the_cpu_engine(bundle: Bundle) -> None:
         assert generate(llm) == expected
 
 
+def test_score_gives_arrays_of_the_host(bundle: Bundle, reference: OnnxRuntimeEngine) -> None:
+    with LLM.from_engine(load(bundle), max_batch=BATCH, max_tokens_per_step=64) as llm:
+        found = llm.score(list(range(50)))
+    with LLM.from_engine(reference, max_batch=BATCH, max_tokens_per_step=64) as llm:
+        np.testing.assert_allclose(found, llm.score(list(range(50))), rtol=2e-5, atol=2e-5)
+
+
 def make_pair(bundle: Bundle) -> tuple[TensorRTEngine, TensorRTDraft]:
     target = load(bundle)
     return target, TensorRTDraft(bundle, opened(bundle, "draft"), target)
