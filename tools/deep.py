@@ -37,14 +37,26 @@ _QUESTIONS = {
     "python-bf16": ("TensorRT 11, plugins in Python, bf16", "running this project on TensorRT 11", "Send this report."),
     "python-fp8": ("TensorRT 11, plugins in Python, fp8", "running FP8 models on TensorRT 11", "Send this report."),
     "large-tensor": ("a tensor of 2³¹ elements", "nothing: this project makes none", "Send this report."),
+    "runtime": (
+        "run and serve with TensorRT 11, captured steps",
+        "angelforge run and serve on this GPU",
+        "Send this report.",
+    ),
+    "sampling": ("sampling on the GPU", "fast sampling on this GPU", "Send this report."),
     "rtx-bf16": (
         "TensorRT for RTX on this GPU, bf16",
         "engines of TensorRT for RTX on this GPU",
         "On Hopper this is expected; use TensorRT 11 there.",
     ),
+    "rtx-runtime": (
+        "run and serve with TensorRT for RTX, captured steps",
+        "angelforge run and serve on this GPU",
+        "On Hopper this is expected; use TensorRT 11 there.",
+    ),
 }
 _WITHOUT_GPU = {"preflight"}
-_NEEDS = {"preflight": "tensorrt-rtx-cu13-bindings", "rtx-bf16": "tensorrt-rtx-cu13-bindings"}
+_RTX = "tensorrt-rtx-cu13-bindings"
+_NEEDS = {"preflight": _RTX, "rtx-bf16": _RTX, "rtx-runtime": _RTX, "sampling": "torch"}
 
 
 def examine_deeply(tell: Callable[[str], None], seconds: float = SECONDS) -> Iterable[Finding]:

@@ -131,6 +131,32 @@ def this_gpu(backend: Backend) -> Target:
     return Target("this-gpu", gpu.architecture, gpu.memory_bytes, None, gpu.sms, None, None, None, backend)
 
 
+def runtime(folder: Path, backend: Backend, plugins: Any) -> str:
+    """Runs the small model through the engine that `run` and `serve` use, and compares."""
+    from angelforge.engines.build import build_tensorrt
+    from angelforge.engines.limits import BuildOptions
+    from angelforge.runtime.tensorrt_loading import Wish, load_tensorrt
+    from angelforge.tools.deep_runtime import runner_of, step_microseconds
+
+    bundle, target = small_bundle(folder, Precision.BF16), this_gpu(backend)
+    options = BuildOptions(max_tokens=256, max_batch=4, pages=PAGES, plugins=plugins)
+    build_tensorrt(bundle, target, options, lambda phase, share: None)
+    loaded = load_tensorrt(bundle, target, Wish(num_pages=PAGES, max_batch=4))
+    try:
+        text = compare(bundle, runner_of(loaded))
+        return f"{text}; {step_microseconds(loaded, steps()[1]):.0f} µs a decoding step"
+    finally:
+        loaded.close()
+
+
+def sampling() -> str:
+    """Compares sampling on the GPU with the host's, and times it at batch 32 over the real vocabulary."""
+    from angelforge.tools.deep_runtime import compare_sampling
+
+    this_gpu("tensorrt")
+    return compare_sampling("cuda:0")
+
+
 def large_tensor(folder: Path) -> str:
     """Whether TensorRT takes a tensor of exactly 2³¹ elements, which this project avoids."""
     import onnx_ir as ir
@@ -182,7 +208,10 @@ STEPS: Mapping[str, Callable[[Path], str]] = {
     "python-bf16": lambda folder: engine(folder, Precision.BF16, "tensorrt", "python"),
     "python-fp8": lambda folder: engine(folder, Precision.FP8, "tensorrt", "python"),
     "large-tensor": large_tensor,
+    "runtime": lambda folder: runtime(folder, "tensorrt", "aot"),
+    "sampling": lambda folder: sampling(),
     "rtx-bf16": lambda folder: engine(folder, Precision.BF16, "tensorrt-rtx", "python"),
+    "rtx-runtime": lambda folder: runtime(folder, "tensorrt-rtx", "python"),
 }
 
 
