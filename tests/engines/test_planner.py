@@ -236,6 +236,19 @@ def test_a_cpu_needs_its_memory_and_has_one_rank() -> None:
         planned("cpu", memory_bytes=10**12, tensor_parallel=2)
 
 
+def test_ranks_share_weights_and_talk() -> None:
+    """Two H20: half of the bytes and 66 sums a step, some 700 tokens/s at batch 1 (the platform page)."""
+    one, two, eight = (planned("h200", tensor_parallel=n) for n in (1, 2, 8))
+    assert 0.49 < two.weights_per_rank / one.weights_per_rank < 0.51
+    assert (two.kv_bytes_per_token, eight.kv_bytes_per_token) == (32768, 16384)  # at 8, key/value heads are repeated
+    assert one.limits[0].communication.calls == 0
+    first, last = two.limits[0].communication, two.limits[-1].communication
+    assert first.calls == last.calls == 66
+    assert last.nbytes == 32 * first.nbytes == 32 * (65 * 4096 * 2 + 157184 * 4)  # at two ranks each sends all of it
+    assert first.seconds == pytest.approx(66 * 10e-6 + first.nbytes / 450e9)
+    assert planned("h20", tensor_parallel=2).limits[0].tokens_per_second == pytest.approx(700, rel=0.03)
+
+
 def test_fp8_splits_keep_whole_scale_blocks() -> None:
     """Experts of width 128 cannot be cut in two in FP8; in bf16 they can, and no remedy proposes what cannot be."""
     raw = small_config(moe_intermediate_size=128, intermediate_size=512)
