@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def open_device(name: str) -> Device:
         return Device(device)
     try:
         torch.cuda.init()
-        torch.cuda.get_device_properties(device)
+        torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise AngelForgeError(
             f"torch {torch.__version__} cannot use the GPU: {str(error).splitlines()[0]}. Install a torch for CUDA 13 "
@@ -64,6 +64,10 @@ class Device:
     def free_bytes(self) -> int:
         """Memory that can still be taken."""
         return free_memory()
+
+    def bound(self) -> AbstractContextManager[Any]:
+        """Within it, this thread's CUDA calls go to the device: each thread begins with the first GPU."""
+        return nullcontext()
 
     def stream(self) -> Any:
         """A queue of work beside others; None where there are no such queues."""
@@ -110,6 +114,10 @@ class CudaDevice(Device):
         unused = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return int(free) + int(unused)
 
+    def bound(self) -> AbstractContextManager[Any]:
+        """`torch.cuda.device`."""
+        return torch.cuda.device(self.torch)
+
     def stream(self) -> Any:
         """A stream of its own."""
         return torch.cuda.Stream(self.torch)
@@ -127,13 +135,14 @@ class CudaDevice(Device):
         return stream.record_event()
 
     def wait(self, event: Any) -> None:
-        """Blocks."""
-        event.synchronize()
+        """Blocks; raises AngelForgeError where the work before it failed."""
+        with explained_gpu():
+            event.synchronize()
 
     def follow(self, stream: Any, other: Any) -> None:
         """By an event, without blocking the host."""
         current = torch.cuda.current_stream(self.torch)
-        (stream or current).wait_stream(other or current)
+        (current if stream is None else stream).wait_stream(current if other is None else other)
 
     def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None]:
         """A CUDA graph. Other threads may go on using the device meanwhile."""
@@ -148,12 +157,19 @@ class CudaDevice(Device):
         return replay
 
 
-def to_host(tensor: torch.Tensor) -> Any:
-    """A tensor's values as a NumPy array, after all work before it; raises AngelForgeError where that work failed."""
+@contextmanager
+def explained_gpu() -> Iterator[None]:
+    """Turns torch's errors of the block into an AngelForgeError; those of earlier work come up where it is awaited."""
     try:
-        return tensor.cpu().numpy()
+        yield
     except RuntimeError as error:
         raise AngelForgeError(
             f"The GPU failed in a step: {str(error).splitlines()[0]}. Start again; if it happens again, please report "
             "this with the output of angelforge doctor --deep."
         ) from error
+
+
+def to_host(tensor: torch.Tensor) -> Any:
+    """A tensor's values as a NumPy array, after all work before it; raises AngelForgeError where that work failed."""
+    with explained_gpu():
+        return tensor.cpu().numpy()

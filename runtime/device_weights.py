@@ -96,6 +96,11 @@ class _Loading:
 
 def _read_all(loading: _Loading) -> None:
     """One reader: takes pieces until none are left or another reader has failed."""
+    with loading.device.bound():
+        _read_pieces(loading)
+
+
+def _read_pieces(loading: _Loading) -> None:
     device, stream = loading.device, loading.device.stream()
     device.follow(stream, None)  # the arena may be memory that earlier work has not finished with
     buffers = [device.staging(STAGING) for _ in range(_BUFFERS)]

@@ -95,7 +95,7 @@ class TensorRTEngine:
             page_size=self.page_size,
             largest=largest,
         )
-        depth = int(opened.manifest.options.get("draft_depth") or 0)
+        depth = 0 if options.drafted is None else int(opened.manifest.options.get("draft_depth") or 0)
         self._runner = Runner(session, device, self.stream, Buckets(profiles, options.max_batch, depth), fixed)
         self._runner.capture()
 

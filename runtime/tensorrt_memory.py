@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from angelforge.errors import AngelForgeError, UsageError
 
-#: Left free: execution contexts, captured graphs, kernels that are loaded when first used, torch's own buffers.
-RESERVE = 1_000_000_000
+#: Left free: execution contexts, captured graphs, kernels that are loaded when first used, what sampling works with
+#: (six times the logits of the largest verification, some 500 MB).
+RESERVE = 1_500_000_000
 
 
 @dataclass(frozen=True)

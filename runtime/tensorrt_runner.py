@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Batch, Int64
 from angelforge.runtime.device import Device
 from angelforge.runtime.packing import Padding
+from angelforge.runtime.tensorrt_bindings import check_addresses
 from angelforge.runtime.tensorrt_buckets import Bucket, Buckets
 from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout
 from angelforge.runtime.tensorrt_session import TensorrtContext, TensorrtSession
@@ -44,7 +47,9 @@ class Runner:
         """Raises AngelForgeError where the device has no room for the inputs."""
         self._session, self._device, self._stream = session, device, stream
         self._buckets, self._fixed, self._before = buckets, fixed, before
-        self._arena = InputArena(device, InputLayout(fixed.largest).nbytes)
+        layout = InputLayout(fixed.largest)
+        check_addresses([name for name in session.names if name not in layout.shapes], fixed.addresses)
+        self._arena = InputArena(device, layout.nbytes)
         self._replays: dict[Bucket, Callable[[], None]] = {}
         self._captured: list[TensorrtContext] = []  # they live as long as the graphs made of them
         self._contexts: dict[int, TensorrtContext] = {}  # by profile, for steps that are not captured
@@ -54,6 +59,7 @@ class Runner:
 
         A first run loads kernels and sets up what TensorRT puts off, which must not happen within a capture.
         """
+        self._device.follow(self._stream, None)  # which clears the pool
         for bucket in self._buckets.captured:
             layout = InputLayout(bucket.size)
             self._arena.keep(layout)
@@ -72,6 +78,10 @@ class Runner:
         Raises:
             AngelForgeError: the step is larger than the engine's profiles, or TensorRT refuses it.
         """
+        with self._device.bound():
+            self._run(batch, rows)
+
+    def _run(self, batch: Batch, rows: Int64 | None) -> None:
         bucket, _ = self._buckets.choose(batch)
         layout = InputLayout(bucket.size)
         self._device.follow(self._stream, None)
@@ -88,7 +98,8 @@ class Runner:
 
     def close(self) -> None:
         """Gives graphs, contexts and engine back, in this order."""
-        self._device.wait(self._device.mark(self._stream))
+        with suppress(AngelForgeError):  # what failed has been told; the memory goes all the same
+            self._device.wait(self._device.mark(self._stream))
         self._replays.clear()
         self._captured.clear()
         self._contexts.clear()

@@ -9,7 +9,7 @@ from angelforge.engines.tensorrt_errors import explain_run_errors
 from angelforge.engines.tensorrt_log import logger_of
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.library import Library
-from angelforge.runtime.tensorrt_bindings import Bindings, check_addresses, read_bindings
+from angelforge.runtime.tensorrt_bindings import Bindings, read_bindings
 
 
 class TensorrtSession:
@@ -51,7 +51,6 @@ class TensorrtSession:
         context = self.checked("make an execution context", self._engine.create_execution_context, strategy)
         if self._on_context is not None:
             self._on_context(context)
-        check_addresses(list(addresses), addresses)
         self.checked(f"use profile {profile}", context.set_optimization_profile_async, profile, stream)
         context.set_device_memory(int(activations.data_ptr()), int(activations.shape[0]))
         made = TensorrtContext(self, context)

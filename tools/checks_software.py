@@ -83,7 +83,10 @@ def check_tensorrt_rtx() -> Finding:
 def check_extras() -> list[Finding]:
     """torch and triton: of use in some tasks only."""
     findings = []
-    for extra, prevents in (("torch", "comparing with torch"), ("triton", "compiling and testing GPU kernels")):
+    for extra, prevents in (
+        ("torch", "running TensorRT engines, comparing with torch"),
+        ("triton", "compiling and testing GPU kernels"),
+    ):
         for wanted in requirements(extra):
             found, fix = installed(wanted.name), f"pip install '.[{extra}]' in the project's folder"
             if found is None:

@@ -34,6 +34,7 @@ from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.runtime.tensorrt_draft import TensorRTDraft
 from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine
+from angelforge.runtime.tensorrt_memory import DeviceNeeds
 from angelforge.runtime.tokenizer import Tokenizer
 
 PAGE, PAGES, CONTEXT, DEPTH, BATCH, ROOM = 64, 20, 256, 2, 4, 96
@@ -127,7 +128,7 @@ def test_logits_and_pool_are_those_of_onnx_runtime(
 
 def test_captured_steps_have_sizes_of_buckets(bundle: Bundle) -> None:
     """Decoding is padded to captured sizes in contexts that are never changed again; prompts run as they are."""
-    engine = load(bundle)
+    engine = load(bundle, drafted=DeviceNeeds(0, 0, 0, 0))
     made = engine._runner._session._engine
     captured = list(made.contexts)
     assert made.ran == [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (12, 4)]
@@ -177,7 +178,7 @@ def test_score_gives_arrays_of_the_host(bundle: Bundle, reference: OnnxRuntimeEn
 
 
 def make_pair(bundle: Bundle) -> tuple[TensorRTEngine, TensorRTDraft]:
-    target = load(bundle)
+    target = load(bundle, drafted=DeviceNeeds(0, 0, 0, 0))
     return target, TensorRTDraft(bundle, opened(bundle, "draft"), target)
 
 
