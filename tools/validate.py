@@ -96,7 +96,7 @@ def _bundle(
     else:
         print_validation(result, html)
     if not result.ok:
-        raise AngelForgeError("The engine does not compute what its bundle says; see the first diverging tensor.")
+        _fail("The engine does not compute what its bundle says; see the first diverging tensor.", as_json)
 
 
 def _checkpoint(subject: Path, layers: list[int], data: DataOptions, html: Path | None, as_json: bool) -> None:
@@ -112,7 +112,7 @@ def _checkpoint(subject: Path, layers: list[int], data: DataOptions, html: Path 
     else:
         print_layers(checks)
     if not all(check.ok for check in checks):
-        raise AngelForgeError("A layer of the graph does not compute what the independent model does; see above.")
+        _fail("A layer of the graph does not compute what the independent model does; see above.", as_json)
 
 
 def _study(subject: Path, against: str, data: DataOptions, html: Path | None, as_json: bool) -> None:
@@ -128,6 +128,13 @@ def _study(subject: Path, against: str, data: DataOptions, html: Path | None, as
         print_json(study.to_dict())
     else:
         print_study(study, html)
+
+
+def _fail(message: str, as_json: bool) -> None:
+    """Exit code 1; JSON has said why already, and must stay one document."""
+    if as_json:
+        click.get_current_context().exit(1)
+    raise AngelForgeError(message)
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -17,7 +17,7 @@ from angelforge.runtime.validate.data import Schedule
 from angelforge.runtime.validate.engine_graph import EngineGraph
 from angelforge.runtime.validate.kernel_graph import KernelGraph
 from angelforge.runtime.validate.operations import JudgeGraph, judge_graph
-from angelforge.runtime.validate.references import load_logits
+from angelforge.runtime.validate.references import load_reference_for
 from angelforge.runtime.validate.results import Validation
 from angelforge.runtime.validate.runners import BundleRunner, EngineRunner, JudgeRunner, KernelRunner, ReferenceRunner
 from angelforge.runtime.validate.thresholds import Thresholds, thresholds
@@ -61,8 +61,8 @@ def run_job(job: Job, report: Report) -> Validation:
         judge_runner = JudgeRunner(bundle, planned.num_pages, as_stored=as_stored)
         wholes.append(compare_whole(judge_runner, _runner(bundle, job.engine, planned), planned, limits))
     if job.reference is not None:
-        logits = load_logits(job.reference, bundle)
-        named = ReferenceRunner(bundle, logits, f"reference: {job.reference}", planned.num_pages)
+        compute = load_reference_for(job.reference, bundle)
+        named = ReferenceRunner(bundle, compute, f"reference: {job.reference}", planned.num_pages)
         exact = thresholds(bundle.manifest.precision, as_stored=False)
         wholes.append(compare_whole(named, JudgeRunner(bundle, planned.num_pages), planned, exact))
     engine_ok = all(whole.ok for whole in wholes[:1])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from angelforge.bundle import Bundle
 from angelforge.errors import UsageError
 from angelforge.runtime.batch import Batch, Int64
+from angelforge.runtime.onnxruntime_session import INPUTS
 from angelforge.runtime.packing import Padding, Piece, pack
 
 
@@ -89,3 +93,23 @@ def schedule(
         size = Padding(tokens + padding, len(pieces) + (padding > 0), widest, tokens)
         steps.append(Step(pack(pieces, page_size, size), tuple(rows)))
     return Schedule(tuple(ids), tuple(steps), num_pages)
+
+
+def feed_dicts(bundle: str | Path, count: int = 2, length: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+    """`count` packed calls for Polygraphy's `--data-loader-script`, each a prompt of its own with empty f32 pools."""
+    opened = Bundle.open(bundle)
+    manifest, model = opened.manifest, opened.manifest.model
+    found = []
+    for ids in random_sequences(count, model.vocab_size, length, seed):
+        planned = schedule(
+            [ids],
+            page_size=manifest.page_size,
+            vocab_size=model.vocab_size,
+            max_context=manifest.max_context,
+            chunk=len(ids),
+        )
+        batch = planned.steps[0].batch
+        shape = (planned.num_pages, 2, model.num_key_value_heads, manifest.page_size, model.head_dim)
+        pools = {f"kv_cache.{i}": np.zeros(shape, np.float32) for i in range(model.num_hidden_layers)}
+        found.append({**{name: getattr(batch, name) for name in INPUTS}, **pools})
+    return found

@@ -21,13 +21,14 @@ from angelforge.runtime.validate.cutting import Array
 from angelforge.runtime.validate.fp8_reference import Fp8Reference
 from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
 from angelforge.runtime.validate.reference import Reference
+from angelforge.runtime.validate.runners import Compute
 
 Logits = Callable[[Array], Array]  # int64 [n] → [n, vocab]
 FORMS = "numpy:CHECKPOINT, transformers:CHECKPOINT or MODULE:FUNCTION"
 
 
-def load_logits(text: str, bundle: Bundle) -> Logits:
-    """The function that `text` names: "numpy:DIR", "transformers:DIR" or "module:function".
+def load_reference_for(text: str, bundle: Bundle) -> Compute:
+    """What `text` names, for a `ReferenceRunner`: "numpy:DIR", "transformers:DIR" or "module:function".
 
     Raises:
         UsageError: `text` names nothing that can be called.
@@ -37,10 +38,20 @@ def load_logits(text: str, bundle: Bundle) -> Logits:
     if not colon or not kind or not rest:
         raise UsageError(f"--reference is {text!r}, but one of {FORMS} is needed.")
     if kind == "numpy":
-        return numpy_reference(Path(rest), bundle).logits
-    if kind == "transformers":
-        return _transformers(rest)
-    return _function(kind, rest)
+        return _traced(numpy_reference(Path(rest), bundle))
+    logits = _transformers(rest) if kind == "transformers" else _function(kind, rest)
+    return lambda ids: {"logits": logits(ids)}
+
+
+def _traced(reference: Reference) -> Compute:
+    """Logits, and the keys and values of every layer [n, 2, kv_heads, head_dim]."""
+
+    def compute(ids: Array) -> dict[str, Array]:
+        trace = reference.trace(ids)
+        pairs = enumerate(zip(trace.keys, trace.values, strict=True))
+        return {"logits": trace.logits, **{f"cache.{i}": np.stack(pair, axis=1) for i, pair in pairs}}
+
+    return compute
 
 
 def numpy_reference(checkpoint: Path, bundle: Bundle) -> Reference:

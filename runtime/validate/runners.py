@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -32,6 +31,7 @@ from angelforge.runtime.validate.kernel_graph import KernelGraph
 from angelforge.runtime.validate.operations import Stage, judge_graph
 
 Outputs = OrderedDict[str, Array]
+Compute = Callable[[Array], Mapping[str, Array]]
 
 
 class BundleRunner(BaseRunner, ABC):  # type: ignore[misc]
@@ -108,6 +108,8 @@ class StagedRunner(BundleRunner):
                     outputs[f"cache.{number}"] = written(values[stage.pool_out], feed)
                 else:
                     outputs[stage.pool_out] = _plain(values[stage.pool_out])
+        if "draft_hidden" in values:
+            outputs["draft_hidden"] = _plain(values["draft_hidden"])[: int(feed["num_tokens"][0])]
         outputs["logits"] = values["logits"]
         outputs.move_to_end("logits", last=False)
         return outputs
@@ -181,6 +183,10 @@ class EngineRunner(BundleRunner):
         outputs: Outputs = OrderedDict(logits=_host(self._engine.forward(Batch(**{n: feed[n] for n in INPUTS}))))
         for number, pool in enumerate(_pools(self._engine)):
             outputs[f"cache.{number}"] = written(pool, feed)
+        if self.bundle.manifest.draft is not None and hasattr(self._engine, "draft_hidden"):
+            states = self._engine.draft_hidden  # an OrtValue, or a tensor on a device
+            rows = states.numpy() if hasattr(states, "numpy") and not hasattr(states, "cpu") else _host(states)
+            outputs["draft_hidden"] = rows[: int(feed["num_tokens"][0])]
         return outputs
 
     def _call_with_pools(self, feed: Mapping[str, Array]) -> Outputs:
@@ -197,18 +203,16 @@ class EngineRunner(BundleRunner):
 
 
 class ReferenceRunner(BundleRunner):
-    """Any function from token ids to logits, called with whole sequences.
+    """Any function of whole sequences that gives logits, and keys and values of the layers if it has them.
 
     A packed call names a sequence by its first page; the runner remembers what came before of each. With pools as
     inputs every sequence must begin in the call.
     """
 
-    def __init__(
-        self, bundle: Bundle, logits: Callable[[Array], Array], name: str, num_pages: int = 2, own_pool: bool = True
-    ) -> None:
-        """`logits` maps int64 [n] to [n, vocab]."""
+    def __init__(self, bundle: Bundle, compute: Compute, name: str, num_pages: int = 2, own_pool: bool = True) -> None:
+        """`compute` maps int64 [n] to outputs by name, a row for each token: `logits` [n, vocab] and others."""
         super().__init__(bundle, name, num_pages, own_pool)
-        self._logits = logits
+        self._compute = compute
 
     def activate_impl(self) -> None:
         """Nothing has been seen yet."""
@@ -219,9 +223,9 @@ class ReferenceRunner(BundleRunner):
         del self._seen
 
     def call(self, feed: Mapping[str, Array]) -> Outputs:
-        """Logits of the rows that are asked for; rows of padding are 0."""
+        """Logits of the rows that are asked for, everything else of all tokens; rows of padding have logits 0."""
         starts, table = feed["query_start"], feed["page_table"]
-        rows = np.zeros((len(feed["input_ids"]), self.bundle.manifest.model.vocab_size), np.float32)
+        parts: dict[str, list[Array]] = {}
         for sequence, (begin, end) in enumerate(pairwise(starts.tolist())):
             if begin == end:
                 continue
@@ -229,8 +233,12 @@ class ReferenceRunner(BundleRunner):
             before = self._seen.get(page, np.empty(0, np.int64))[:place]
             ids = np.concatenate([before, feed["input_ids"][begin:end]])
             self._seen[page] = ids
-            rows[begin:end] = np.asarray(self._logits(ids), np.float32)[place : place + end - begin]
-        return OrderedDict(logits=rows[feed["logit_indices"]])
+            for name, values in self._compute(ids).items():
+                parts.setdefault(name, []).append(np.asarray(values, np.float32)[place : place + end - begin])
+        outputs: Outputs = OrderedDict((name, np.concatenate(rows)) for name, rows in parts.items())
+        padding = np.zeros((len(feed["input_ids"]) - int(starts[-1]), outputs["logits"].shape[1]), np.float32)
+        outputs["logits"] = np.concatenate([outputs["logits"], padding])[feed["logit_indices"]]
+        return outputs
 
 
 def written(pool: Array, feed: Mapping[str, Array]) -> Array:
@@ -244,11 +252,6 @@ def written(pool: Array, feed: Mapping[str, Array]) -> Array:
 def feed_dict(batch: Batch) -> OrderedDict[str, Array]:
     """A batch as Polygraphy hands it around."""
     return OrderedDict((name, getattr(batch, name)) for name in INPUTS)
-
-
-def open_bundle_of(graph: str) -> Bundle:
-    """The bundle that an ONNX file stands in; raises AngelForgeError where it is none."""
-    return Bundle.open(Path(graph).absolute().parent)
 
 
 def _pools(engine: Engine) -> list[Array]:

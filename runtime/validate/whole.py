@@ -36,7 +36,7 @@ class Whole:
     def first(self) -> Finding | None:
         """The first tensor beyond its limit in the order of the layers, of the earliest call."""
         wrong = [finding for finding in self.findings if not finding.ok]
-        return min(wrong, key=lambda f: (f.step, f.place == "head", _number(f.place)), default=None)
+        return min(wrong, key=lambda f: (f.step, not f.place.startswith("layer"), _number(f.place)), default=None)
 
     def summary(self) -> dict[str, Any]:
         """The figures of the logits."""
@@ -92,13 +92,19 @@ class _Meter:
                 wanted, had = wanted[: len(step.rows)], had[: len(step.rows)]
                 self.rows += logit_rows(had, wanted, step.rows)
             result, limit = difference(had, wanted), self.limits.logits
-            place = "head" if name == "logits" else f"layer {name.removeprefix('cache.')}"
+            place, operator = _meaning(name)
             ok = limit is None or result.relative_error <= limit
-            operator = "Linear (lm_head)" if name == "logits" else "keys and values in the pool"
             self.findings.append(Finding(place, operator, name, self.step, result, limit, ok))
             verdicts[name] = ok
         self.step += 1
         return verdicts
+
+
+def _meaning(name: str) -> tuple[str, str]:
+    """Where an output of a runner comes from, and what made it."""
+    if name.startswith("cache."):
+        return f"layer {name.removeprefix('cache.')}", "keys and values in the pool"
+    return ("head", "Linear (lm_head)") if name == "logits" else ("captured states", "Linear (fc)")
 
 
 def _number(place: str) -> int:

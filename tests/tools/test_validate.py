@@ -1,0 +1,168 @@
+"""`angelforge validate` on the command line: verdict, exit code, report as text, JSON and page."""
+
+import json
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+from support.built import make_bundle
+from support.faults import Fault, faulty_engine, swapped_gate_and_up
+
+from angelforge.bundle import Bundle
+from angelforge.exporter.export import ExportOptions, export
+from angelforge.exporter.synthetic import small_config, write_checkpoint
+from angelforge.precision import Precision
+from angelforge.tools import validate_layers
+from angelforge.tools.cli import main
+
+SIZES = {"num_hidden_layers": 3, "vocab_size": 320}
+FEW = ("--random", "1", "--length", "20")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+    """(checkpoint, bundle) in f32, with the CPU engine."""
+    return make_bundle(tmp_path_factory.mktemp("validate"), SIZES, ExportOptions(precision=Precision.FP32))
+
+
+@pytest.fixture
+def faulty(model: tuple[Path, Bundle], tmp_path: Path) -> Path:
+    """The same bundle whose engine swaps gate and up in layer 2: a build with a bug would leave such files."""
+    import shutil
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(model[1].folder, folder)
+    engine, _ = faulty_engine(model[1], Fault("", "fp32", "", "", graph=swapped_gate_and_up), tmp_path)
+    manifest = folder / "engines/cpu/manifest.json"
+    told = json.loads(manifest.read_text())
+    ir.save(engine, folder / "engines/cpu" / told["engine"])
+    told["engine_digest"] = sha256((folder / "engines/cpu" / told["engine"]).read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(told))
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["validate", *map(str, arguments)])
+
+
+def test_a_sound_engine_passes(model: tuple[Path, Bundle]) -> None:
+    """With an independent reference, as JSON."""
+    checkpoint, bundle = model
+    result = run(bundle.folder, *FEW, "--reference", f"numpy:{checkpoint}", "--layer-by-layer", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["ok"] is True
+    assert told["first_diverging"] is None
+    assert [w["found"] for w in told["whole"]] == ["engine: cpu", "judge: ONNX Runtime on the graph"]
+    assert len(told["whole"][1]["by_position"]) == told["whole"][1]["positions"]
+    assert {f["place"] for f in told["layers"]} >= {"layer 0", "layer 1", "layer 2"}
+
+
+class _Page(HTMLParser):
+    """What a page loads from elsewhere, and which elements it has."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_a_fault_is_named(faulty: Path, tmp_path: Path) -> None:
+    """Exit code 1; the text names layer, operator, shapes and both values; the page needs nothing from elsewhere."""
+    page = tmp_path / "report.html"
+    result = run(faulty, *FEW, "--html", page)
+    assert result.exit_code == 1
+    assert "first diverging tensor: layer 2, MoEGateUp" in result.stdout
+    assert "expected" in result.stdout
+    assert "found" in result.stdout
+    assert "FAILED" in result.stdout
+    parsed = _Page(page.read_text(encoding="utf-8"))
+    assert parsed.loaded == []
+    assert parsed.tags.count("svg") >= 2
+    assert "layer 2, MoEGateUp" in page.read_text(encoding="utf-8")
+
+
+def test_only_some_layers(faulty: Path) -> None:
+    """The layers before the fault pass by themselves."""
+    assert run(faulty, *FEW, "--layers", "0,1").exit_code == 0
+    result = run(faulty, *FEW, "--layers", "2", "--json")
+    assert result.exit_code == 1
+    first = json.loads(result.stdout)["first_diverging"]
+    assert (first["place"], first["operator"], first["shape"]) == ("layer 2", "MoEGateUp", [23, 5, 128])
+    assert len(first["worst"]) == 3
+
+
+def test_precision_study(model: tuple[Path, Bundle], tmp_path: Path) -> None:
+    """FP8 beside its own weights in f32, beside the f32 bundle, beside the checkpoint: the last two are the same."""
+    checkpoint, bundle = model
+    export(str(checkpoint), tmp_path / "fp8", ExportOptions(precision=Precision.FP8))
+    told = {}
+    for against in ("fp32", str(bundle.folder), str(checkpoint)):
+        result = run(tmp_path / "fp8", *FEW, "--against", against, "--json")
+        assert result.exit_code == 0, result.output
+        told[against] = json.loads(result.stdout)
+    own, other, exported = told.values()
+    assert other["mean_kl"] == pytest.approx(exported["mean_kl"])
+    assert 0 < own["mean_kl"] < 2
+    assert [layer["layer"] for layer in own["experts"]] == [1, 2]
+    assert all(0.3 < layer["common"] <= 1 for layer in own["experts"])
+    page = tmp_path / "study.html"
+    assert run(bundle.folder, *FEW, "--against", "fp32", "--html", page).exit_code == 0
+    assert "svg" in _Page(page.read_text(encoding="utf-8")).tags
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "FP8"])
+def test_layers_of_a_checkpoint(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They agree with the independent model; one that believes in another rope base differs in attention alone."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(**SIZES), dtype=dtype)
+    result = run(checkpoint, "--layers", "2,0", "--json")
+    assert result.exit_code == 0, result.output
+    halves = json.loads(result.stdout)["layers"]
+    assert [(h["layer"], h["half"], h["ok"]) for h in halves] == [
+        (2, "attention", True),
+        (2, "mlp", True),
+        (0, "attention", True),
+        (0, "mlp", True),
+    ]
+    read = validate_layers.checkpoint_config
+    monkeypatch.setattr(validate_layers, "checkpoint_config", lambda folder: {**read(folder), "rope_theta": 1e4})
+    result = run(checkpoint, "--layers", "1")
+    assert result.exit_code == 1
+    assert "layer 1, attention at" in result.stdout
+    assert "layer 1, mlp at" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--layers", "7"), "layers 0 to 2"),
+        (("--layers", "one"), "numbers are needed"),
+        (("--engine", "h21"), "h21"),
+        (("--tokens", "ids.json", "--dialogues"), "exclude each other"),
+        (("--random", "1", "--length", "20", "--against", "nowhere"), "nowhere"),
+        (("--reference", "nothing"), "MODULE:FUNCTION"),
+    ],
+)
+def test_wrong_use_is_told(model: tuple[Path, Bundle], arguments: tuple[str, ...], said: str) -> None:
+    """Exit code 2 and a sentence."""
+    result = run(model[1].folder, *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+
+
+def test_a_checkpoint_needs_layers(model: tuple[Path, Bundle]) -> None:
+    result = run(model[0])
+    assert result.exit_code == 2
+    assert "--layers" in result.output
+    result = run(model[0], "--layers", "9")
+    assert result.exit_code == 2
+    assert "layers 0 to 2" in result.output
