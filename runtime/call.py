@@ -47,7 +47,7 @@ class Call:
         self._begun = [False] * len(self.requests)
 
     async def next(self) -> list[Delta]:
-        """What is new, as soon as something is; empty once every request has ended and all was given.
+        """What is new, as soon as something is, one delta a request; empty once all have ended and all was given.
 
         A reader that is slow gets more at a time; what waits for it is at most the whole output.
         """
@@ -55,7 +55,7 @@ class Call:
             self._arrived.clear()
             await self._arrived.wait()
         new, self._new = self._new, []
-        return new
+        return merged(new)
 
     def cancel(self) -> None:
         """Ends what has not ended and frees its pages; may be called at any time and more than once."""
@@ -74,15 +74,39 @@ class Call:
         self.left -= sum(delta.output is not None for delta in deltas)
         self._arrived.set()
 
-    def observe(self, delta: Delta, time: float, observer: Observer) -> None:
+    def observe(self, deltas: Sequence[Delta], time: float, observer: Observer) -> None:
         """Tells the observer of tokens that came at `time`, and of the end."""
-        count, place = len(delta.token_ids), delta.index
-        if count:
-            if self._begun[place]:
-                observer.tokens(count, time - self._last[place])
-            else:
-                observer.first_token(time - self._last[place])
-                self._begun[place] = True
-            self._last[place] = time
-        if delta.output is not None:
-            observer.ended(delta.output)
+        for delta in merged(deltas):
+            count, place = len(delta.token_ids), delta.index
+            if count:
+                if self._begun[place]:
+                    observer.tokens(count, time - self._last[place])
+                else:
+                    observer.first_token(time - self._last[place])
+                    self._begun[place] = True
+                self._last[place] = time
+            if delta.output is not None:
+                observer.ended(delta.output)
+
+
+def merged(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same with one delta for each request, in the order of their first: a draft gives several at once."""
+    if len(deltas) < 2:
+        return list(deltas)
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in by_index.values()]
+
+
+def _joined(parts: list[Delta]) -> Delta:
+    logprobs = None
+    if any(part.logprobs is not None for part in parts):
+        logprobs = tuple(found for part in parts for found in part.logprobs or ())
+    return Delta(
+        index=parts[0].index,
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        output=parts[-1].output,
+        logprobs=logprobs,
+    )

@@ -142,8 +142,7 @@ class Service:
         self.load = news.load
         self._observer.stepped(news.steps)
         for call, deltas in news.calls:
-            for delta in deltas:
-                call.observe(delta, news.time, self._observer)
+            call.observe(deltas, news.time, self._observer)
             call.deliver(deltas)
             if call.left == 0:
                 self._open.pop(call, None)

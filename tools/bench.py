@@ -2,15 +2,17 @@
 
 import click
 
+from angelforge.tools.bench_decode import decode
 from angelforge.tools.bench_headers import headers
 from angelforge.tools.bench_kernels import kernels
 from angelforge.tools.bench_pack import pack
+from angelforge.tools.bench_serve import serve
 from angelforge.tools.bench_step import step
 
 
 @click.group()
 def bench() -> None:
-    """Measure packing, header checks, steps and kernels on this machine.
+    """Measure packing, header checks, steps, kernels, generation and servers on this machine.
 
     \b
     Example:
@@ -18,5 +20,5 @@ def bench() -> None:
     """
 
 
-for command in (pack, headers, step, kernels):
+for command in (pack, headers, step, kernels, decode, serve):
     bench.add_command(command)

@@ -1,0 +1,78 @@
+"""`angelforge serve` on the command line: what it prints, what it refuses, how it ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from click.testing import CliRunner
+from support.http_server import build_toy
+
+from angelforge.tools.cli import main
+
+COMMAND = [sys.executable, "-m", "angelforge.tools", "serve"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_toy(tmp_path_factory.mktemp("toy"))
+
+
+def test_it_serves_until_interrupted_and_says_nothing_of_prompts(toy: Path, tmp_path: Path) -> None:
+    """A key from a file; a warning where the address is open; no output has a word of what was asked."""
+    key = tmp_path / "key"
+    key.write_text("a-key\n")
+    options = ["--port", "0", "--json", "--api-key-file", str(key), "--threads", "1"]
+    with subprocess.Popen(
+        [*COMMAND, str(toy), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        told = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")
+        assert told["model"] == "bundle"
+        body = {"model": "bundle", "prompt": "secret cough", "max_tokens": 3}
+        assert httpx2.post(f"{told['url']}/v1/completions", json=body).status_code == 401
+        headers = {"Authorization": "Bearer a-key"}
+        assert httpx2.post(f"{told['url']}/v1/completions", json=body, headers=headers).status_code == 200
+        wrong = {**body, "secret": 1}
+        assert httpx2.post(f"{told['url']}/v1/completions?secret=1", json=wrong, headers=headers).status_code == 400
+        server.send_signal(signal.SIGINT)
+        output, errors = server.communicate(timeout=30)
+    assert (server.returncode, output, errors) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--port", "99999"), "port"),
+        (("--max-requests", "0"), "max_requests"),
+        (("--host", "256.256.256.256"), "cannot be listened on"),
+        (("--api-key-file", "/not/there"), "no such file"),
+        (("--drain-seconds", "-1"), "below 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(toy: Path, options: tuple[str, ...], told: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(toy), *options])
+    assert result.exit_code in (1, 2)
+    assert told in result.stderr
+
+
+def test_a_port_that_is_taken(toy: Path) -> None:
+    """It is told before the model is loaded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = CliRunner().invoke(main, ["serve", "/not/a/bundle", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "in use" in result.stderr
+
+
+@pytest.mark.parametrize(("content", "told"), [("", "no key"), (" \n", "no key"), ("ключ\n", "not ASCII")])
+def test_keys_that_are_none(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "key").write_text(content)
+    result = CliRunner().invoke(main, ["serve", "bundle", "--api-key-file", str(tmp_path / "key")])
+    assert result.exit_code == 2
+    assert told in result.stderr

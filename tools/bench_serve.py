@@ -1,0 +1,130 @@
+"""`angelforge bench serve`: how fast a server answers, by how many clients ask at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from angelforge.errors import AngelForgeError
+from angelforge.runtime.depth import Depth
+from angelforge.tools.bench_decode import report
+from angelforge.tools.engine_options import target_option, threads_option
+from angelforge.tools.load.options import Asks, load_options
+from angelforge.tools.options import json_option
+from angelforge.tools.output import total_progress
+from angelforge.tools.speculation_text import speculate_option
+
+if TYPE_CHECKING:
+    from angelforge.tools.load.figures import Figures
+    from angelforge.tools.load.over_http import Address
+
+_VOCABULARY = 1000  # ids that any model has, for random prompts to a server of which nothing else is known
+
+
+@click.command()
+@click.argument("server")
+@target_option
+@load_options
+@speculate_option
+@threads_option
+@json_option
+def serve(
+    server: str,
+    target: str,
+    concurrencies: tuple[int, ...],
+    dataset: Path | None,
+    raw: bool,
+    input_tokens: int,
+    output_tokens: int,
+    requests: int | None,
+    temperature: float,
+    plot: Path | None,
+    speculate: Depth,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Ask a server under load: tokens/s, time to the first token, time between events of a stream.
+
+    SERVER is an address (http://HOST:PORT, of whatever OpenAI-compatible server; ANGELFORGE_API_KEY holds its key), or
+    a bundle: that is served here, once without its draft and once with it. Each client reads a stream and then asks
+    the next.
+
+    \b
+    Example:
+      angelforge bench serve demo/bundle --concurrency 1,8,64
+    """
+    from angelforge.tools.load.over_http import Address
+
+    sizes = (input_tokens, output_tokens, requests, _VOCABULARY)
+    found: list[Figures] = []
+    if "://" in server:
+        address = Address(server, key=os.environ.get("ANGELFORGE_API_KEY"))
+        address = Address(server, address.first_model(), address.key)
+        found += _measure(address, concurrencies, Asks(dataset, raw, *sizes), temperature, drafted=False)
+        report(found, {"server": server, "model": address.model}, plot, as_json)
+        return
+    for depth in _depths(Path(server), speculate):
+        with _served(Path(server), target, depth, max(concurrencies), threads) as address:
+            asks = Asks(dataset, raw, *sizes)  # the same with the draft and without
+            found += _measure(address, concurrencies, asks, temperature, drafted=depth != 0)
+    report(found, {"bundle": server, "target": target}, plot, as_json)
+
+
+def _depths(bundle: Path, speculate: Depth) -> list[Depth]:
+    from angelforge.bundle import Bundle
+
+    return [0] if Bundle.open(bundle).manifest.draft is None or speculate == 0 else [0, speculate]
+
+
+def _measure(
+    address: Address, concurrencies: Sequence[int], asks: Asks, temperature: float, drafted: bool
+) -> list[Figures]:
+    from angelforge.tools.load.figures import summarize
+    from angelforge.tools.load.over_http import run_over_http
+
+    found = []
+    run_over_http(address, asks.take(1)[:1], 1, temperature, lambda ended, all_: None)  # first calls are slower
+    for concurrency in concurrencies:
+        these = asks.take(concurrency)
+        name = f"{concurrency} clients{', with the draft' if drafted else ''}"
+        with total_progress(name, "requests") as tell:
+            samples, seconds = run_over_http(address, these, concurrency, temperature, tell)
+        found.append(summarize(samples, concurrency, drafted, seconds))
+    return found
+
+
+@contextmanager
+def _served(bundle: Path, target: str, depth: Depth, clients: int, threads: int | None) -> Iterator[Address]:
+    """A bundle in a server of its own process, so that clients and server do not share an interpreter."""
+    from angelforge.tools.load.over_http import Address
+
+    command = [sys.executable, "-m", "angelforge.tools", "serve", str(bundle), "--target", target, "--port", "0"]
+    command += ["--json", "--speculate", str(depth), "--max-batch", str(clients)]
+    command += ["--max-requests", str(max(256, clients))]
+    command += [] if threads is None else ["--threads", str(threads)]
+    environment = {name: value for name, value in os.environ.items() if name != "ANGELFORGE_API_KEY"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            told = ""
+            for line in process.stdout:
+                told += line
+                if line == "}\n":
+                    break
+            answer = json.loads(told or "{}")
+            if "url" not in answer:
+                raise AngelForgeError("The bundle could not be served; what is wrong stands above.")
+            yield Address(answer["url"], answer["model"])
+            process.send_signal(signal.SIGTERM)
+        finally:
+            if process.poll() is None and sys.exc_info()[0] is not None:
+                process.kill()

@@ -1,0 +1,1 @@
+"""Generation under load: prompts, closed loops of clients in this process or over HTTP, and reports."""

@@ -1,0 +1,80 @@
+"""What `bench decode` and `bench serve` both take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from angelforge.errors import UsageError
+from angelforge.tools.load.prompts import Ask, read_dataset, synthetic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _concurrencies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = value.split(",")
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 1024 for part in parts):
+        raise UsageError(f"--concurrency is {value!r}, but numbers from 1 to 1024 with commas between are needed.")
+    return tuple(map(int, parts))
+
+
+_COUNT = click.IntRange(min=1)
+_PATH = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option(
+        "--concurrency",
+        "concurrencies",
+        default="1,4,16,32,64",
+        show_default=True,
+        callback=_concurrencies,
+        help="How many requests are in flight, one figure after another.",
+    ),
+    click.option("--dataset", type=_PATH, help="JSON lines with messages, question, problem or prompt."),
+    click.option("--raw", is_flag=True, help="Ask the texts of a dataset as they are, not as chats."),
+    click.option("--input-tokens", type=_COUNT, default=128, show_default=True, help="Random ones, without a dataset."),
+    click.option(
+        "--output-tokens", type=_COUNT, default=128, show_default=True, help="At most with a dataset, else exactly."
+    ),
+    click.option("--requests", type=_COUNT, help="For each figure. Default: twice the concurrency, at least 8."),
+    click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token."),
+    click.option("--plot", type=_PATH, help="Write curves to this HTML file."),
+)
+
+
+def load_options(command: F) -> F:
+    """Adds the options to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+class Asks:
+    """The requests of all figures: a dataset in its order, over and over, or random ones, fresh for each figure."""
+
+    def __init__(
+        self,
+        dataset: Path | None,
+        raw: bool,
+        input_tokens: int,
+        output_tokens: int,
+        requests: int | None,
+        vocab_size: int,
+    ) -> None:
+        """Raises UsageError for a dataset that cannot be asked."""
+        if raw and dataset is None:
+            raise UsageError("--raw is for --dataset.")
+        self._lines = None if dataset is None else read_dataset(dataset, output_tokens, raw)
+        self._sizes = (input_tokens, output_tokens, vocab_size)
+        self._requests = requests
+        self._next = 0
+
+    def take(self, concurrency: int) -> Sequence[Ask]:
+        """The requests of the next figure."""
+        count = self._requests or max(8, 2 * concurrency)
+        begin, self._next = self._next, self._next + count
+        if self._lines is None:
+            return synthetic(count, *self._sizes, seed=begin)
+        return [self._lines[number % len(self._lines)] for number in range(begin, self._next)]
