@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Float32
+from angelforge.runtime.batch import Float32, Int64
 from angelforge.runtime.logprobs import row_logprobs
 from angelforge.runtime.request import Request
 from angelforge.runtime.sampler import is_argmax, sample
@@ -21,10 +21,14 @@ _NO_TOKEN = (
 )
 
 
-def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator | None) -> None:
+Draw = Callable[[Any, Sequence[Request]], Int64]
+
+
+def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator | None, draw: Draw = sample) -> None:
     """Gives each request of a computed step what its rows of `logits` f32 [R, vocab] say, one token after another.
 
-    `logits` is a NumPy array or a torch tensor. A request that cannot go on ends with an error; others are unharmed.
+    `logits` is a NumPy array or a torch tensor, `draw` takes the tokens that depend on no others from it. A request
+    that cannot go on ends with an error; others are unharmed.
     """
     begin, chosen = 0, []  # (scheduled, its first row that gives a token)
     for scheduled in step:
@@ -45,7 +49,7 @@ def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator
             rows += range(first, first + count)
             drawing += [scheduled.request] * count
     if rows:
-        tokens = iter(sample(logits if len(rows) == begin else logits[rows], drawing).tolist())
+        tokens = iter(draw(logits if len(rows) == begin else logits[rows], drawing).tolist())
     for scheduled, first in chosen:
         if _is_plain(scheduled):
             following = [next(tokens) for _ in range(1 + len(scheduled.proposed))]
@@ -74,7 +78,7 @@ def _accept_run(
     """The tokens of a request's rows as far as its proposals agree with them."""
     for place, token in enumerate(tokens):
         passed = place < len(scheduled.proposed) and token == scheduled.proposed[place]
-        if not _accept(scheduled, place, token, passed, logits[first + place], speculator):
+        if not _accept(scheduled, place, token, passed, logits, first, speculator):
             return
 
 
@@ -83,19 +87,18 @@ def _judge_run(scheduled: Scheduled, logits: Any, first: int, speculator: Specul
     assert speculator is not None
     request = scheduled.request
     for place, proposal in enumerate(scheduled.proposed):
-        row = logits[first + place]
-        token = judge(_on_host(row), request, proposal, speculator.shares(request, place))
-        if not _accept(scheduled, place, token, token == proposal, row, speculator):
+        token = judge(_on_host(logits[first + place]), request, proposal, speculator.shares(request, place))
+        if not _accept(scheduled, place, token, token == proposal, logits, first, speculator):
             return
     place = len(scheduled.proposed)
-    last = logits[first + place : first + place + 1]
-    _accept(scheduled, place, int(sample(last, [request])[0]), False, last[0], speculator)
+    token = int(sample(logits[first + place : first + place + 1], [request])[0])
+    _accept(scheduled, place, token, False, logits, first, speculator)
 
 
 def _accept(
-    scheduled: Scheduled, place: int, token: int, passed: bool, row: Any, speculator: Speculator | None
+    scheduled: Scheduled, place: int, token: int, passed: bool, logits: Any, first: int, speculator: Speculator | None
 ) -> bool:
-    """Takes the token at `place` of a run; whether the next place counts."""
+    """Takes the token at `place` of a run whose rows begin at `first`; whether the next place counts."""
     request = scheduled.request
     if place < len(scheduled.proposed):
         assert speculator is not None
@@ -104,16 +107,12 @@ def _accept(
     if token < 0:
         request.end("error", _NO_TOKEN)
         return False
-    _hand_out(request, token, row)
-    return passed and not request.finished
-
-
-def _hand_out(request: Request, token: int, row: Any) -> None:
-    count = request.params.logprobs
+    count, row = request.params.logprobs, first + place
     try:
-        request.accept(token, None if count is None else row_logprobs(row[None], [token], count)[0])
+        request.accept(token, None if count is None else row_logprobs(logits[row : row + 1], [token], count)[0])
     except AngelForgeError as error:  # of a constraint
         request.end("error", str(error))
+    return passed and not request.finished
 
 
 def _on_host(row: Any) -> Float32:

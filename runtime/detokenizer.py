@@ -8,6 +8,7 @@ from angelforge.runtime.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"  # what incomplete UTF-8 decodes to
 _LONGEST_PARTIAL = 3  # bytes that a UTF-8 character can lack its last byte with: each can show as a replacement
 _WINDOW = 32  # ids that are decoded together at most; half of them stay as context
+_SHORT = 12  # ids that are decoded together where no character is cut: fewer cost less
 
 
 class Detokenizer:
@@ -18,31 +19,49 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._decode, self._special_ids = tokenizer.decode, tokenizer.special_ids
         self._window: list[int] = []
         self._shown = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
         """The text that is certain after `token`; empty for special tokens and incomplete characters."""
-        if token in self._tokenizer.special_ids:
+        if token in self._special_ids:
             return ""
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
+        window = self._window
+        window.append(token)
+        text = self._decode(window)
+        if not text.endswith(_REPLACEMENT):
+            new, self._shown = text[self._shown :], max(self._shown, len(text))
+            if len(window) >= _SHORT:
+                self._shorten(text)
+            return new
         certain = len(text)
         while certain > 0 and len(text) - certain < _LONGEST_PARTIAL and text[certain - 1] == _REPLACEMENT:
             certain -= 1
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
-        if len(self._window) >= _WINDOW:
-            # A shorter window may begin inside a character or lose its leading space: count from its end.
-            waiting = len(text) - self._shown
-            del self._window[: -_WINDOW // 2]
-            self._shown = max(0, len(self._tokenizer.decode(self._window)) - waiting)
+        if len(window) >= _WINDOW:
+            self._cut(text)
         return new
+
+    def _shorten(self, text: str) -> None:
+        """Forgets the first half of a window where the other half alone has the same text, but for leading spaces."""
+        rest = self._window[len(self._window) // 2 :]
+        shorter = self._decode(rest)
+        if self._shown == len(text) and shorter and text.endswith(shorter):
+            self._window, self._shown = rest, len(shorter)
+        elif len(self._window) >= _WINDOW:
+            self._cut(text)
+
+    def _cut(self, text: str) -> None:
+        # A shorter window may begin inside a character or lose its leading space: count from its end.
+        waiting = len(text) - self._shown
+        del self._window[: -_WINDOW // 2]
+        self._shown = max(0, len(self._decode(self._window)) - waiting)
 
     def finish(self) -> str:
         """What was held back: no more tokens come."""
-        rest = self._tokenizer.decode(self._window)[self._shown :]
+        rest = self._decode(self._window)[self._shown :]
         self._window.clear()
         self._shown = 0
         return rest

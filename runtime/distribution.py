@@ -34,20 +34,20 @@ def candidates(
 def choices(logits: Float32, params: SamplingParams) -> tuple[Int64, Float64]:
     """The same for logits that are adjusted already: temperature, top-k, top-p and min-p."""
     best = int(logits.argmax())
-    peak = float(logits[best])
+    peak = float(logits[best])  # not a number where any logit is none
     if not math.isfinite(peak):
         return np.empty(0, np.int64), np.empty(0, np.float64)
     if params.greedy:
         return np.array([best]), np.ones(1)
     if 0 < params.top_k < logits.shape[0]:
         ids = top_ids(logits, params.top_k)
-        weights = _weights(logits[ids], peak, params.temperature)
+        weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
         keep = _nucleus(weights, float(weights.sum()), params.top_p)
     elif params.top_p < 1:
         ids, weights, keep = _nucleus_of_all(logits, peak, params)
     else:
         ids = np.arange(logits.shape[0])
-        weights = _weights(logits, peak, params.temperature)
+        weights = _weights(logits, peak, params.temperature).astype(np.float64)
         keep = logits.shape[0]
     ids, weights = ids[:keep], weights[:keep]
     if params.min_p > 0:
@@ -100,11 +100,12 @@ def adjust(logits: Float32, params: SamplingParams, ids: Int64, values: Float32,
     logits[history.ids] = seen
 
 
-def _weights(logits: Float32, peak: float, temperature: float) -> Float64:
+def _weights(logits: Float32, peak: float, temperature: float) -> Float32:
     # exp of the scaled distance to the best, so at most 1: f32 is exact enough, sums over a vocabulary are taken in f64
+    weights = logits - np.float32(peak)
     with np.errstate(over="ignore"):  # a tiny temperature makes the distance infinite and the weight 0, as it should
-        weights = (logits - np.float32(peak)) / np.float32(max(temperature, _SMALLEST_DIVISOR))
-    return np.exp(weights, out=weights).astype(np.float64)
+        weights /= np.float32(max(temperature, _SMALLEST_DIVISOR))
+    return np.exp(weights, out=weights)
 
 
 def _nucleus(weights: Float64, total: float, top_p: float) -> int:
@@ -117,10 +118,11 @@ def _nucleus(weights: Float64, total: float, top_p: float) -> int:
 
 def _nucleus_of_all(logits: Float32, peak: float, params: SamplingParams) -> tuple[Int64, Float64, int]:
     """Top-p over the whole vocabulary, sorting only as many tokens as are needed."""
-    total, count = float(_weights(logits, peak, params.temperature).sum()), _NUCLEUS_GUESS
+    total = float(_weights(logits, peak, params.temperature).sum(dtype=np.float64))
+    count = _NUCLEUS_GUESS
     while True:
         ids = top_ids(logits, count)
-        weights = _weights(logits[ids], peak, params.temperature)
+        weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
         keep = _nucleus(weights, total, params.top_p)
         if keep < ids.shape[0] or ids.shape[0] == logits.shape[0]:
             return ids, weights, keep

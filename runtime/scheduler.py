@@ -17,7 +17,7 @@ from angelforge.runtime.request import Request
 _SCORING_ROWS = 256  # rows of logits for logprobs of prompts in one step: 161 MB with the largest vocabulary
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen, as `Piece`
 class Scheduled:
     """A request and its tokens in one step, the last of them those that a draft proposed."""
 
@@ -28,7 +28,7 @@ class Scheduled:
     wants: bool = False  # whether the rows after those give tokens
 
 
-@dataclass
+@dataclass(slots=True)
 class _Room:
     """What is left of a step."""
 
@@ -92,7 +92,7 @@ class Scheduler:
             if request.length - request.computed > 1:
                 prompts.append(request)
             elif self._grow(request):
-                self._take(request, room, step)
+                self._decode(request, room, step)
         for request in prompts:
             if request.lease is not None:
                 self._take(request, room, step)
@@ -126,8 +126,11 @@ class Scheduler:
 
     def _grow(self, request: Request) -> bool:
         """Gets the pages that a request needs until its next turn, if need be from the youngest; False: it was that."""
-        pages = self.limits.pages_for(self._reach(request))
         assert request.lease is not None
+        reach = self._reach(request)
+        if reach <= request.lease.count * self.limits.page_size:
+            return True
+        pages = self.limits.pages_for(reach)
         while not request.lease.grow(pages):
             youngest = next(reversed(self.running))
             self._set_back(youngest)
@@ -188,6 +191,18 @@ class Scheduler:
             for key in request.keys.of(request.known, self._prompt_pages(request))[len(shared) :]:
                 self._coming.setdefault(key, request)
         return True
+
+    def _decode(self, request: Request, room: _Room, step: list[Scheduled]) -> None:
+        """Puts the last known token of a request and what is proposed after it into a step: there is room for those."""
+        assert request.lease is not None
+        begin, proposed = request.computed, request.proposed
+        tokens = request.tokens[begin : begin + 1]
+        if proposed:
+            tokens = np.array([tokens[0], *proposed], np.int64)
+        rows = 1 + len(proposed)
+        room.tokens -= rows
+        room.rows -= rows
+        step.append(Scheduled(request, Piece(tokens, begin, request.lease.pages, rows), proposed, 0, True))
 
     def _take(self, request: Request, room: _Room, step: list[Scheduled]) -> None:
         """Puts known tokens of a running request, and what is proposed after them, into a step as far as there is room.

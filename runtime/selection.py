@@ -22,9 +22,14 @@ def top_ids(values: Float32, count: int) -> Int64:
     groups = size // _GROUP
     if groups >= 4 * count:
         # A group is a column here: the maximum of long rows is vectorised, that of short columns' values is not.
-        maxima = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
-        ids = np.flatnonzero(values >= _largest(maxima, count))
-        ids = ids[values[ids] >= _largest(values[ids], count)]
+        grouped = values[: groups * _GROUP].reshape(_GROUP, groups)
+        maxima = grouped.max(axis=0)
+        least = _largest(maxima, count)
+        columns = np.flatnonzero(maxima >= least)  # a few more than `count`: only they hold anything as large
+        ids = (columns + np.arange(0, groups * _GROUP, groups)[:, None]).reshape(-1)  # rising
+        ids = np.concatenate([ids, np.arange(groups * _GROUP, size)])
+        found = values[ids]
+        ids = ids[found >= _largest(found, count)]
     else:
         ids = np.flatnonzero(values >= _largest(values, count))
     return ids[np.argsort(-values[ids], kind="stable")]

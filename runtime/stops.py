@@ -14,6 +14,7 @@ class StopFilter:
         self.stopped = False
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
+        self._begins = tuple({stop[:size] for stop in stops for size in range(1, len(stop))})
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -36,7 +37,9 @@ class StopFilter:
 
     def _unsure(self, text: str) -> int:
         """Where the longest end of `text` begins that a stop string begins with."""
+        if not text.endswith(self._begins):  # nearly always, and one call
+            return len(text)
         for begin in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(stop.startswith(text[begin:]) for stop in self._stops):
+            if text[begin:] in self._begins:
                 return begin
         return len(text)

@@ -4,6 +4,7 @@ import click
 
 from angelforge.tools.bench_decode import decode
 from angelforge.tools.bench_headers import headers
+from angelforge.tools.bench_host import host
 from angelforge.tools.bench_kernels import kernels
 from angelforge.tools.bench_pack import pack
 from angelforge.tools.bench_serve import serve
@@ -20,5 +21,5 @@ def bench() -> None:
     """
 
 
-for command in (pack, headers, step, kernels, decode, serve):
+for command in (pack, headers, step, host, kernels, decode, serve):
     bench.add_command(command)

@@ -85,6 +85,21 @@ def test_greedy_outputs_are_those_of_plain_decoding(
     assert [output.token_ids for output in outputs] == [expected[i] for i in chosen]
 
 
+def test_few_pages_and_shared_prefixes_change_nothing(trained: Bundle) -> None:
+    """Prompts of two pages that begin alike, in a cache that does not hold two at their longest: some are set back."""
+    begins = noise(2, 11)
+    prompts = [[*(begins[i % 2] * 70)[: 64 + 2 * i], i] for i in range(4)]
+    params = SamplingParams(max_tokens=72, ignore_eos=True)
+    with LLM(trained.folder, speculate=0, threads=1) as llm:
+        wanted = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+    for depth in (0, 3):
+        with LLM(trained.folder, speculate=depth, num_pages=6, max_batch=4, threads=1) as llm:
+            outputs = llm.generate(prompts, params)
+            assert llm.stepper.scheduler.set_back > 0
+        assert [output.token_ids for output in outputs] == wanted
+        assert sum(output.cached_tokens for output in outputs) > 0
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("depth", [2, 6, "auto"])
 @pytest.mark.parametrize("seed", range(5))
@@ -115,22 +130,19 @@ class Watched:
         self.engine = OnnxRuntimeEngine(bundle, 32)
         self.draft = OnnxRuntimeDraft(bundle, self.engine)
         limits = Limits(64, 32, 512, 4, 64)
-        self.speculator = Speculator(self.draft, limits, depth)
-        self.stepper = Stepper(self.engine, limits, self.speculator)
+        self.stepper = Stepper(self.engine, limits, Speculator(self.draft, limits, depth))
         self.requests = [
             Request(i, np.array(ids), SamplingParams(max_tokens=20), len(ids) + 20, deque(), frozenset())
             for i, ids in enumerate(prompts)
         ]
         for request in self.requests:
-            self.stepper.scheduler.add(request)
+            self.stepper.add(request)
 
     def held(self, request: Request) -> list[Float32]:
         """Keys and values of the positions that count, of each of the target's layers and of the draft's."""
         assert request.lease is not None
-        drafted = self.speculator._drafted[request]
-        pools = [(pool, request.lease.pages) for pool in self.engine.pools] + [(self.draft.pool, drafted.lease.pages)]
-        places = np.arange(request.computed)
-        return [pool[pages[places // 64], :, :, places % 64] for pool, pages in pools]
+        places, pages = np.arange(request.computed), request.lease.pages
+        return [pool[pages[places // 64], :, :, places % 64] for pool in (*self.engine.pools, self.draft.pool)]
 
     def close(self) -> None:
         self.draft.close()

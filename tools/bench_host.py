@@ -1,0 +1,85 @@
+"""`angelforge bench host`: what a step costs beside the engine, with an engine that computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import click
+
+from angelforge.tools.options import json_option
+from angelforge.tools.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from angelforge.tools.host_work import Timed
+
+GOALS = {1: 200.0, 32: 1000.0}  # µs
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one batch size, µs a step."""
+
+    batch: int
+    host: float  # everything but the engine and the arithmetic of sampling
+    slow: float  # of the same, what 99 % of the steps do not exceed
+    bind: float  # of it: choosing the captured size, padding, the one copy
+    ask: float  # of it: what sampling on a device has to be told
+    numpy: float  # what sampling in NumPy takes instead of `ask`
+    goal: float | None
+
+    @classmethod
+    def of(cls, batch: int, device: Timed, host: Timed) -> Row:
+        """From the times of a run that only asks a device for samples, and of one that samples in NumPy."""
+        steps = sorted(device.steps)
+        return cls(
+            batch,
+            median(steps),
+            steps[len(steps) * 99 // 100],
+            median(device.binds),
+            median(device.draws),
+            median(host.draws),
+            GOALS.get(batch),
+        )
+
+
+@click.command()
+@click.option("--batch", "batches", type=click.IntRange(1, 256), multiple=True, help="Sequences; may be given again.")
+@click.option("--steps", type=click.IntRange(min=10), default=300, show_default=True, help="Steps to measure.")
+@click.option("--prompt", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Tokens of a prompt.")
+@json_option
+def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> None:
+    """Time the host's work in a decoding step: schedule, pack, bind, ask for samples, detokenise, hand out.
+
+    The stepper, the buckets and the staging buffer are those of a TensorRT engine at AntAngelMed's sizes; every request
+    has penalties, a temperature, top-k, top-p and stop strings, and the tokenizer has 157,184 ids. Not in it: the
+    launch of the captured step and the sampling kernels, which need a GPU.
+
+    \b
+    Example:
+      angelforge bench host --batch 1 --batch 32
+    """
+    from angelforge.tools.host_work import measure
+
+    rows = [
+        Row.of(
+            batch,
+            measure(batch, steps, prompt, on_host=False),
+            measure(batch, max(10, steps // 5), prompt, on_host=True),
+        )
+        for batch in batches or GOALS
+    ]
+    if as_json:
+        print_json([vars(row) for row in rows])
+        return
+    print_table(
+        ("batch", "host µs", "99 % µs", "of it bind", "of it ask", "goal µs", "NumPy sampling µs"),
+        [
+            tuple(
+                "" if value is None else f"{value:.0f}"
+                for value in (row.batch, row.host, row.slow, row.bind, row.ask, row.goal, row.numpy)
+            )
+            for row in rows
+        ],
+    )
