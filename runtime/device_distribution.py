@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _SMALLEST_DIVISOR = 1e-30  # as in distribution.py
-_MOST_SORTED = 1024  # top-k up to here takes the k largest; a larger k is found as top-p is, by bisection
+MOST_SORTED = 1024  # top-k up to here takes the k largest; a larger k is found as top-p is, by bisection
 _LEAST_KEY, _MOST_KEY, _BITS = -(2**31), 2**31 - 1, 32
 
 
@@ -48,7 +48,7 @@ def kept_weights(x: torch.Tensor, best: torch.Tensor, rules: Rules) -> torch.Ten
     weights = weights_of(x)
     sorted_values = None
     if rules.largest_k:
-        if rules.largest_k <= _MOST_SORTED:
+        if rules.largest_k <= MOST_SORTED:
             sorted_values = x.topk(rules.largest_k).values  # [n, K]
             last = (rules.top_k.clamp(max=rules.largest_k) - 1).long()
             limit = sorted_values.gather(1, last)

@@ -8,7 +8,7 @@ them on the device would save that copy and cost a table of the vocabulary's wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +16,36 @@ import torch
 from angelforge.runtime.batch import Int64
 from angelforge.runtime.device import to_host
 from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
-from angelforge.runtime.sampler import is_argmax, mask_of
+from angelforge.runtime.sampler import is_argmax
 
 if TYPE_CHECKING:
+    from angelforge.runtime.constraint import Constraint
+    from angelforge.runtime.history import Counted
     from angelforge.runtime.sampler import Drawing
+    from angelforge.runtime.sampling import SamplingParams
 
 # Columns of what is sent for each row.
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _UNIFORM, _REPETITION, _FREQUENCY, _PRESENCE = range(8)
+
+
+class Asked(Protocol):
+    """What is looked at of a request, or of one place of its chain of proposals."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """Its rules."""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Its own generator."""
+
+    @property
+    def history(self) -> Counted | None:
+        """Of prompt and output so far, where something is penalised."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Its grammar."""
 
 
 class Packed:
@@ -82,7 +105,7 @@ def sample_on_device(logits: torch.Tensor, requests: Sequence[Drawing]) -> Int64
     return found
 
 
-def adjusted_rows(logits: torch.Tensor, requests: Sequence[Drawing], packed: Packed) -> torch.Tensor:
+def adjusted_rows(logits: torch.Tensor, requests: Sequence[Asked], packed: Packed) -> torch.Tensor:
     """Rows f32 [n, vocab] after bias, penalties and masks, as `distribution.adjusted` makes them; a copy.
 
     `packed` has been filled by `pack_requests` and sent.
@@ -110,17 +133,19 @@ def adjusted_rows(logits: torch.Tensor, requests: Sequence[Drawing], packed: Pac
     return x
 
 
-def pack_requests(rows: Sequence[int], requests: Sequence[Drawing], vocab: int, packed: Packed) -> Rules:
+def pack_requests(
+    rows: Sequence[int], requests: Sequence[Asked], vocab: int, packed: Packed, drawing: bool = True
+) -> Rules:
     """Puts what `requests` ask for their `rows` of the logits into `packed`, sends it, and gives the rules there.
 
-    A request that samples draws one number from its own generator.
+    Where there is `drawing`, a request that samples draws one number from its own generator.
     """
     table = np.empty((8, len(rows)), np.float64)
     biased, bias, seen, counts, masked, words = [], [], [], [], [], []
     for place, request in enumerate(requests):
         params, start = request.params, place * vocab
         top_k = params.top_k if 0 < params.top_k < vocab else vocab
-        uniform = 0.0 if params.greedy else request.rng.random()
+        uniform = request.rng.random() if drawing and not params.greedy else 0.0
         table[:, place] = (
             *(params.temperature, top_k, params.top_p, params.min_p, uniform),
             *(params.repetition_penalty, params.frequency_penalty, params.presence_penalty),
@@ -132,9 +157,9 @@ def pack_requests(rows: Sequence[int], requests: Sequence[Drawing], vocab: int, 
             assert request.history is not None
             seen.append(request.history.ids + start)
             counts.append(request.history.counts)
-        if (mask := mask_of(request)) is not None:
+        if request.constraint is not None:
             masked.append(place)
-            words.append(mask)
+            words.append(request.constraint.mask())
     packed.add("rows", np.array(rows, np.int64))
     packed.add("rules", table)
     if biased:

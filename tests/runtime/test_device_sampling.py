@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.runtime import device_distribution
+from angelforge.runtime.device_candidates import candidates_on_device, places_of
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
 from angelforge.runtime.device_sampling import Packed, adjusted_rows, pack_requests, sample_on_device
 from angelforge.runtime.distribution import adjusted, processed_distribution
@@ -103,7 +104,7 @@ def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Askin
     rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
     logits = np.array([data.draw(rows) for _ in requests], np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_distribution, "_MOST_SORTED", most)
+        patch.setattr(device_distribution, "MOST_SORTED", most)
         compare(logits, requests)
 
 
@@ -179,6 +180,34 @@ def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
         assert found[3] >= 0
     nothing = asking(temperature=1.0, allowed=np.zeros(10, bool))
     assert sample_on_device(logits[3:], [nothing]).tolist() == [-1]
+
+
+@given(data=st.data(), request=requests_of(), proposed=st.lists(IDS, max_size=3))
+def test_candidates_of_a_chain_are_the_hosts(data: st.DataObject, request: Asking, proposed: list[int]) -> None:
+    """At each place of a chain of proposals, which count as output there, and leave the history as it was."""
+    request.constraint = None
+    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
+    logits = np.array([data.draw(rows) for _ in range(len(proposed) + 2)], np.float32)
+    before = [request.history.ids.copy(), request.history.counts.copy()]
+    found = candidates_on_device(torch.from_numpy(logits), places_of(1, request, proposed))
+    assert [a.tolist() for a in (request.history.ids, request.history.counts)] == [a.tolist() for a in before]
+    for place, (ids, probabilities) in enumerate(found):
+        dense = np.zeros(VOCAB)
+        dense[ids] = probabilities
+        expected = processed_distribution(logits[1 + place], request.params, request.history)
+        assert np.array_equal(dense > 0, expected > 0)
+        np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-9)
+        if place < len(proposed):
+            request.history.add(proposed[place])
+
+
+def test_many_ties_with_the_last_candidate() -> None:
+    """More than are looked at on the device: the row comes to the host, and nothing is lost."""
+    logits = torch.zeros(2, 500)
+    logits[0, 7] = 1
+    place = places_of(0, asking(temperature=1.0, top_k=2), [3])
+    sizes = [len(ids) for ids, _ in candidates_on_device(logits, place)]
+    assert sizes == [500, 500]
 
 
 @given(st.lists(st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB), min_size=1, max_size=4))
