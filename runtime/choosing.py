@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Float32, Int64
+from angelforge.runtime.batch import Int64
+from angelforge.runtime.distribution import Float64
 from angelforge.runtime.logprobs import row_logprobs
 from angelforge.runtime.request import Request
+from angelforge.runtime.sampler import draw as draw_from
 from angelforge.runtime.sampler import is_argmax, sample
 from angelforge.runtime.scheduler import Scheduled
 from angelforge.runtime.speculation import Speculator
-from angelforge.runtime.verification import judge
+from angelforge.runtime.verification import judge, judge_among
 
 _NO_TOKEN = (
     "The engine computed no finite logits, so no token could be chosen. Check the weights with `inspect --verify`."
@@ -22,6 +24,7 @@ _NO_TOKEN = (
 
 
 Draw = Callable[[Any, Sequence[Request]], Int64]
+Candidates = tuple[Int64, Float64]  # ids and their probabilities
 
 
 def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator | None, draw: Draw = sample) -> None:
@@ -50,12 +53,27 @@ def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator
             drawing += [scheduled.request] * count
     if rows:
         tokens = iter(draw(logits if len(rows) == begin else logits[rows], drawing).tolist())
+    known = _candidates_on_device(logits, [one for one in chosen if not _is_plain(one[0])])
     for scheduled, first in chosen:
         if _is_plain(scheduled):
             following = [next(tokens) for _ in range(1 + len(scheduled.proposed))]
             _accept_run(scheduled, following, logits, first, speculator)
         else:
-            _judge_run(scheduled, logits, first, speculator)
+            _judge_run(scheduled, logits, first, speculator, known.get(first))
+
+
+def _candidates_on_device(logits: Any, judged: Sequence[tuple[Scheduled, int]]) -> dict[int, list[Candidates]]:
+    """By first row: what can come at each place of the chains of `judged`, from logits on a device, all at once.
+
+    A place counts only if all proposals before it pass, so that its history is known already.
+    """
+    if not judged or isinstance(logits, np.ndarray):
+        return {}
+    from angelforge.runtime.device_candidates import candidates_on_device, places_of  # needs torch
+
+    runs = [places_of(first, scheduled.request, scheduled.proposed) for scheduled, first in judged]
+    found = iter(candidates_on_device(logits, [place for run in runs for place in run]))
+    return {first: [next(found) for _ in run] for (_, first), run in zip(judged, runs, strict=True)}
 
 
 def _is_plain(scheduled: Scheduled) -> bool:
@@ -82,16 +100,28 @@ def _accept_run(
             return
 
 
-def _judge_run(scheduled: Scheduled, logits: Any, first: int, speculator: Speculator | None) -> None:
-    """The proposals in their order as far as the target lets them pass, and then a token of its own."""
+def _judge_run(
+    scheduled: Scheduled, logits: Any, first: int, speculator: Speculator | None, known: Sequence[Candidates] | None
+) -> None:
+    """The proposals in their order as far as the target lets them pass, and then a token of its own.
+
+    `known` are the candidates at each place, where the logits are on a device.
+    """
     assert speculator is not None
     request = scheduled.request
     for place, proposal in enumerate(scheduled.proposed):
-        token = judge(_on_host(logits[first + place]), request, proposal, speculator.shares(request, place))
+        shares = speculator.shares(request, place)
+        if known is None:
+            token = judge(logits[first + place], request, proposal, shares)
+        else:
+            token = judge_among(*known[place], request, proposal, shares)
         if not _accept(scheduled, place, token, token == proposal, logits, first, speculator):
             return
     place = len(scheduled.proposed)
-    token = int(sample(logits[first + place : first + place + 1], [request])[0])
+    if known is None:
+        token = int(sample(logits[first + place : first + place + 1], [request])[0])
+    else:
+        token = draw_from(*known[place], request.rng) if known[place][0].shape[0] else -1
     _accept(scheduled, place, token, False, logits, first, speculator)
 
 
@@ -113,7 +143,3 @@ def _accept(
     except AngelForgeError as error:  # of a constraint
         request.end("error", str(error))
     return passed and not request.finished
-
-
-def _on_host(row: Any) -> Float32:
-    return row if isinstance(row, np.ndarray) else np.asarray(row.cpu().numpy())
