@@ -29,6 +29,11 @@ class Target:
     link_bandwidth: float | None  # to other devices, bytes/s in one direction: NVLink, else PCIe
     backend: Backend
 
+    @property
+    def device(self) -> str:
+        """What torch calls such a device."""
+        return "cpu" if self.backend == "onnxruntime" else "cuda"
+
 
 _TRT: Backend = "tensorrt"
 _RTX: Backend = "tensorrt-rtx"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
-from angelforge.errors import UsageError
 from angelforge.runtime.batch import Batch, Float32, Int64
 from angelforge.runtime.memory import cpu_pages
 from angelforge.targets import get_target
@@ -84,9 +83,12 @@ def load_engine(
     if found.backend != "onnxruntime":
         from angelforge.runtime.tensorrt_loading import Wish, load_tensorrt
 
+        wish = Wish(num_pages, kv_memory, max_batch, draft, progress)
         if group is not None:
-            raise UsageError(f"Several ranks run on target cpu only so far, not on {target}: use --tensor-parallel 1.")
-        return load_tensorrt(bundle, found, Wish(num_pages, kv_memory, max_batch, draft, progress))
+            from angelforge.runtime.tensorrt_ranks import load_ranked_tensorrt
+
+            return load_ranked_tensorrt(bundle, found, wish, group)
+        return load_tensorrt(bundle, found, wish)
 
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -107,17 +109,21 @@ def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | No
 
     Raises AngelForgeError if there is no draft, or its engine is missing, damaged or unfit.
     """
+    from angelforge.runtime.ranked_engine import RankedEngine
+
     found = get_target(target)
     if found.backend != "onnxruntime":
         from angelforge.runtime.tensorrt_engine import TensorRTEngine
-        from angelforge.runtime.tensorrt_loading import load_tensorrt_draft
+        from angelforge.runtime.tensorrt_loading import Rank, load_tensorrt_draft
 
+        if isinstance(engine, RankedEngine):  # the first rank drafts for all
+            assert isinstance(engine.local, TensorRTEngine)
+            return load_tensorrt_draft(bundle, found, engine.local, Rank(0, engine.group.ranks))
         assert isinstance(engine, TensorRTEngine)
         return load_tensorrt_draft(bundle, found, engine)
 
     from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
     from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
-    from angelforge.runtime.ranked_engine import RankedEngine
 
     if isinstance(engine, RankedEngine):  # the first rank drafts for all
         assert isinstance(engine.local, OnnxRuntimeEngine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -23,6 +24,8 @@ from angelforge.runtime.heartbeat import SILENT, Heartbeat
 _JOIN = timedelta(seconds=60)  # for all ranks to arrive
 _FOREVER = timedelta(days=1000)  # of gloo's own waits: whether one goes on is decided here
 _SLICE = timedelta(seconds=1)  # between two looks at the others
+_POLL = 20e-6  # s between two looks at the GPU
+LOADING = 120  # s that a rank may give no sign of life while a library loads its engine
 _INLINE = 8192 - 8  # bytes of a message that go with its length
 
 
@@ -50,6 +53,10 @@ class Group:
         from torch.distributed.rendezvous import rendezvous
 
         try:
+            if device == "cuda":
+                import torch
+
+                torch.cuda.set_device(rank)
             store, _, _ = next(rendezvous("env://", rank, ranks, timeout=_JOIN))
             here = [f"here/{each}" for each in range(ranks)]
             store.set(here[rank], "1")
@@ -100,8 +107,9 @@ class Group:
     def communicator(self) -> Any:
         """The NCCL communicator of this rank's GPU as the PyCapsule that TensorRT's `set_communicator` takes.
 
-        Collective: every rank calls it, and may then block in `set_communicator` only until all others have called
-        that. Raises AngelForgeError where the group has none.
+        Collective: every rank calls it. `set_communicator` blocks until all have called that: a `barrier` before it
+        keeps a rank from waiting there, where nothing can be watched, for one that has died. Raises AngelForgeError
+        where torch does not tell it.
         """
         import ctypes
 
@@ -109,14 +117,15 @@ class Group:
         import torch.distributed as dist
 
         device = torch.device("cuda", torch.cuda.current_device())
-        self._finish(lambda: dist.all_reduce(torch.ones(1, device=device), async_op=True))  # makes the communicator
-        torch.cuda.synchronize(device)
+        dist.all_reduce(torch.ones(1, device=device))  # makes the communicator
+        event = torch.cuda.Event()
+        event.record()
+        self.wait_for(event.query)
         backend = dist.group.WORLD._get_backend(device)
         if not hasattr(backend, "_comm_ptr"):
             raise AngelForgeError(f"torch {torch.__version__} does not tell its NCCL communicator: take 2.8 or newer.")
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        self.barrier()
         return new(backend._comm_ptr(), None, None)
 
     def barrier(self, patience: int = SILENT) -> None:
@@ -128,6 +137,31 @@ class Group:
         import torch.distributed as dist
 
         self._finish(lambda: dist.all_reduce(torch.zeros(1), async_op=True), patience)
+
+    def minimum(self, value: int) -> int:
+        """The least of what all ranks say. Raises AngelForgeError where the group has ended."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor([value])
+        self._finish(lambda: dist.all_reduce(tensor, dist.ReduceOp.MIN, async_op=True), LOADING)
+        return int(tensor[0])
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Waits until `done` says so (an event on the GPU), as long as all ranks give signs of life.
+
+        Raises AngelForgeError where one does not: NCCL's kernels, which wait for it for ever, are aborted.
+        """
+        watch, looked = self._heartbeat.watch(), time.monotonic()
+        while not done():
+            time.sleep(_POLL)
+            if time.monotonic() - looked < _SLICE.total_seconds():
+                continue
+            looked = time.monotonic()
+            if (lost := watch.lost()) is not None:
+                self.failure = self._ended(lost)
+                self._abort()
+                raise AngelForgeError(self.failure)
 
     def report(self, message: str) -> None:
         """Tells the others why this rank gives up; rank 0 shows it."""
@@ -171,6 +205,14 @@ class Group:
         dist.destroy_process_group()
         if self._restored is not None:
             signal.signal(signal.SIGTERM, self._restored)
+
+    def _abort(self) -> None:
+        """Ends what NCCL has on the GPU."""
+        import torch
+        import torch.distributed as dist
+
+        if torch.cuda.is_available():
+            dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device())).abort()
 
     def _ended(self, cause: str) -> str:
         return f"{cause} The {self.ranks} ranks have ended; start them again."

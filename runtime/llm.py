@@ -29,6 +29,7 @@ from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.stepper import Stepper
 from angelforge.runtime.tally import SpeculationReport
 from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.targets import get_target
 
 _SCORE_ROWS = 256  # rows of logits computed at once by `score`: 161 MB with the largest vocabulary
 
@@ -65,7 +66,7 @@ class LLM:
         opened = Bundle.open(Path(bundle))
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
         drafting = speculate != 0 and (speculate != "auto" or opened.manifest.draft is not None)
-        group = None if tensor_parallel == 1 else Group.join(tensor_parallel)
+        group = None if tensor_parallel == 1 else Group.join(tensor_parallel, get_target(target).device)
         engine = load_engine(
             opened,
             target,

@@ -11,30 +11,34 @@ from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.batch_bytes import decode, encode
 from angelforge.runtime.engines import Engine
-from angelforge.runtime.group import Group
+from angelforge.runtime.group import LOADING, Group
 from angelforge.runtime.heartbeat import STORE_GONE
 
-_LOADING = 120  # seconds that a rank may give no sign of life while a library loads its engine
 _LOAD, _BATCH, _STOP = b"L", b"B", b"S"
 
 Load = Callable[[int], Engine]  # from the pool's pages to a rank's part of the engine
+Settle = Callable[[Engine], None]  # returns when what the engine has begun is done
+
+
+def _nothing(engine: Engine) -> None:
+    """An engine that returns when it is done has nothing to settle."""
 
 
 class RankedEngine:
     """Rank 0's engine; implements `Engine`. `local` is its own part of the model."""
 
-    def __init__(self, load: Load, choose_pages: Callable[[], int], group: Group) -> None:
+    def __init__(self, load: Load, choose_pages: Callable[[], int], group: Group, settle: Settle = _nothing) -> None:
         """Lets all ranks load their parts, with as many pages each. Raises AngelForgeError where one of them cannot.
 
         The group is left then, and the other ranks are told.
         """
-        self.group = group
+        self.group, self._settle = group, settle
         try:
             group.end_at_sigterm()
             num_pages = choose_pages()
             group.send(_LOAD + num_pages.to_bytes(8, "little"))
             self.local = load(num_pages)
-            group.barrier(_LOADING)
+            group.barrier(LOADING)
         except AngelForgeError as error:
             if group.failure is None:
                 group.report(str(error))
@@ -47,7 +51,9 @@ class RankedEngine:
         """As `Engine.forward`, on all ranks. Raises AngelForgeError where the group has ended, always from then on."""
         self.group.send(_BATCH + encode(batch))
         try:
-            return self.local.forward(batch)
+            logits = self.local.forward(batch)
+            self._settle(self.local)
+            return logits
         except AngelForgeError as error:
             # The others wait for a part that does not come: the group cannot go on.
             self.group.failure = self.group.failure or f"{error} The ranks have ended; start them again."
@@ -63,7 +69,7 @@ class RankedEngine:
             self.group.close()
 
 
-def follow(load: Load, group: Group) -> NoReturn:
+def follow(load: Load, group: Group, settle: Settle = _nothing) -> NoReturn:
     """The life of every rank but the first: loads its part, makes the calls that rank 0 makes, and ends with it.
 
     Raises:
@@ -76,9 +82,10 @@ def follow(load: Load, group: Group) -> NoReturn:
         message = group.receive()
         if message[:1] == _LOAD:
             engine = load(int.from_bytes(message[1:], "little"))
-            group.barrier(_LOADING)
+            group.barrier(LOADING)
             while (message := group.receive())[:1] == _BATCH:
                 engine.forward(decode(message[1:]))
+                settle(engine)
             engine.close()
     except AngelForgeError as error:
         if group.failure is None:

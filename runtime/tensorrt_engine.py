@@ -41,6 +41,8 @@ class EngineOptions:
     drafted: DeviceNeeds | None = None  # what a draft will need beside it
     slices: Slices = field(default_factory=dict)  # what this rank takes of each weight
     on_context: Callable[[Any], None] | None = None  # is called with every IExecutionContext (a rank's communicator)
+    agree: Callable[[int], int] | None = None  # on the pages of the pool, with the other ranks
+    rank: int | None = None  # the graph's input of that name, where several ranks share the model
     report: Progress | None = None  # of the weights
 
 
@@ -65,7 +67,8 @@ class TensorRTEngine:
         self.captured_batch, self.session_library = options.max_batch, library
         self.device, self.stream = device, device.stream()
         session = TensorrtSession(library, opened.plan, options.on_context)
-        bindings = session.bindings((), ("logits",) if manifest.draft is None else ("draft_hidden", "logits"))
+        more = () if options.rank is None else ("rank",)
+        bindings = session.bindings(more, ("logits",) if manifest.draft is None else ("draft_hidden", "logits"))
         layout = place_weights(bundle.tensors, bindings.weights, options.slices)
         largest = self.largest = largest_of(profiles)
         states = StatePlan.of(bindings, largest)
@@ -76,7 +79,8 @@ class TensorRTEngine:
         needs = DeviceNeeds(layout.nbytes + drafted.weights, activations, steps, bindings.page_bytes + drafted.page)
         useful = options.max_batch * -(-self.max_context // self.page_size) + 1
         wish = PoolWish(options.num_pages, options.kv_memory, useful, profiles[-1].pages.most)
-        self.num_pages = choose_pages(needs, device.free_bytes(), wish)
+        pages = choose_pages(needs, device.free_bytes(), wish)
+        self.num_pages = pages if options.agree is None else options.agree(pages)
         self.weights = load_weights(layout, device, options.report)
         self.activations = device.allocate(activations)
         self._pools, self._pool_tensors = allocate_pools(device, bindings.pools, self.num_pages), bindings.pools
@@ -86,6 +90,9 @@ class TensorRTEngine:
         outputs = {"logits": self._logits.address}
         if self.states is not None:
             outputs["draft_hidden"] = self.states.address
+        self._rank = Buffer.of(device, DType.I64, (1,))
+        self._rank.tensor.fill_(options.rank or 0)
+        outputs |= dict.fromkeys(more, self._rank.address)
         fixed = Fixed(
             addresses={name: self.weights.address(name) for name in bindings.weights}
             | bindings.pool_addresses(int(self._pools.data_ptr()), self.num_pages)
@@ -135,4 +142,4 @@ class TensorRTEngine:
     def close(self) -> None:
         """Gives engine, weights and pool back; TensorRT's objects before the memory that they use."""
         self._runner.close()
-        del self.weights, self.activations, self._pools, self._logits, self.states
+        del self.weights, self.activations, self._pools, self._logits, self._rank, self.states

@@ -31,6 +31,7 @@ class Rank:
     count: int = 1
     slices: Slices = field(default_factory=dict)  # what it takes of each weight
     on_context: Callable[[Any], None] | None = None  # gives every IExecutionContext its communicator
+    agree: Callable[[int], int] | None = None  # on the pages of the pool: the least of all ranks
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def load_tensorrt(bundle: Bundle, target: Target, wish: Wish, rank: Rank | None 
         drafted=drafted,
         slices=rank.slices,
         on_context=rank.on_context,
+        agree=rank.agree,
+        rank=rank.index if rank.count > 1 else None,
         report=wish.report,
     )
     return TensorRTEngine(bundle, opened, machine.library, open_device(f"cuda:{rank.index}"), options)

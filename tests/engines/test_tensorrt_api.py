@@ -23,7 +23,8 @@ PROGRAM = ROOT / "tests" / "support" / "api_names.py"
 FILES = [
     *sorted((ROOT / "plugins" / "tensorrt").glob("*.py")),
     *sorted((ROOT / "engines").glob("tensorrt_*.py")),
-    *(ROOT / "runtime" / name for name in ("tensorrt_session.py", "tensorrt_bindings.py")),  # the others call these
+    # The others call these.
+    *(ROOT / "runtime" / f"tensorrt_{name}.py" for name in ("session", "bindings", "ranks")),
 ]
 
 # Only TensorRT for RTX builds for a named architecture, and only TensorRT 11 has ahead-of-time plugins. The code that
