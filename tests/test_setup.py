@@ -44,7 +44,16 @@ def fake_python(checkout: Path, script: str) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize(("stamp", "extra"), [("ready", ()), ("ready-dev", ("dev",)), ("ready-dev", ())])
+@pytest.mark.parametrize(
+    ("stamp", "extra"),
+    [
+        ("ready", ()),
+        ("ready-dev", ("dev",)),
+        ("ready-dev", ()),
+        ("ready-full", ("dev",)),
+        ("ready-full", ("full",)),
+    ],
+)
 def test_nothing_is_done_twice(checkout: Path, stamp: str, extra: tuple[str, ...]) -> None:
     """With a current stamp no Python is looked for and no network used; the tests' set-up serves the demo as well."""
     make_ready(checkout, stamp)

@@ -38,6 +38,8 @@ _KEY = "ANGELFORGE_API_KEY"
 @click.option("--max-body-mb", default=16.0, show_default=True, help="MB (10⁶ bytes) that a request may have.")
 @click.option("--default-max-tokens", default=256, show_default=True, help="Of a completion that names no max_tokens.")
 @click.option("--drain-seconds", default=30.0, show_default=True, help="What open requests get when it is to end.")
+@click.option("--replicas", default=1, show_default=True, help="Copies of the engine behind one address, on Ray Serve.")
+@click.option("--ray", help="Address of a running Ray, whose machines the replicas use. Default: one on this machine.")
 @speculate_option
 @kv_memory_option
 @threads_option
@@ -54,6 +56,8 @@ def serve(
     max_body_mb: float,
     default_max_tokens: int,
     drain_seconds: float,
+    replicas: int,
+    ray: str | None,
     speculate: Depth,
     kv_memory: int | None,
     threads: int | None,
@@ -80,6 +84,15 @@ def serve(
         max_tokens=default_max_tokens,
         drain_seconds=drain_seconds,
     )
+    if replicas != 1 or ray is not None:
+        from angelforge.runtime.replicas.options import ReplicaOptions
+        from angelforge.runtime.replicas.run import serve_replicas
+
+        many = ReplicaOptions(
+            bundle.resolve(), target, replicas, options, kv_memory, max_batch, threads, speculate, cluster=ray
+        )
+        serve_replicas(many, lambda url: _tell(url, options, as_json))
+        return
     from angelforge.runtime.llm import LLM
     from angelforge.runtime.server.run import Server, bind
 
