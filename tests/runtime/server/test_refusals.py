@@ -208,3 +208,19 @@ def test_the_end_of_the_engines_thread(toy: Path, monkeypatch: pytest.MonkeyPatc
         check_error(running.post(COMPLETIONS, {"prompt": "a"}), 500)
         check_error(running.post(COMPLETIONS, {"prompt": "a"}), 503)
         assert running.http.get("/health").json() == {"status": "ended"}
+
+
+def test_a_client_that_reads_nothing(toy: Path) -> None:
+    """A stream that fills the connection and is not read ends after a while, whatever of it is left."""
+    with LLM(toy, threads=1) as llm, served(llm, stall_seconds=0.5) as running:
+        body = {"model": "toy", "prompt": CALL, "n": 16, "max_tokens": 300, "ignore_eos": True, "stream": True}
+        content = json.dumps(body | {"logprobs": 20}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.connect(running.bound.getsockname())
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            wait_until(lambda: running.metric("requests_running") > 0)
+            wait_until(running.is_idle)
+            wait_until(lambda: running.server.service.open_requests == 0)
+            wait_until(lambda: not running.server.server_state.tasks)
