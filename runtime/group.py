@@ -46,17 +46,17 @@ class Group:
 
         Raises:
             UsageError: this process was not started by torchrun, or with another number of ranks.
-            AngelForgeError: a rank does not arrive within a minute.
+            AngelForgeError: a rank does not arrive within a minute, or has no GPU of its number.
         """
         rank = _rank_of(ranks)
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        try:
-            if device == "cuda":
-                import torch
+        if device != "cpu":
+            from angelforge.runtime.device import open_device
 
-                torch.cuda.set_device(rank)
+            open_device(f"{device}:{rank}")
+        try:
             store, _, _ = next(rendezvous("env://", rank, ranks, timeout=_JOIN))
             here = [f"here/{each}" for each in range(ranks)]
             store.set(here[rank], "1")

@@ -49,21 +49,28 @@ class RankedEngine:
 
     def forward(self, batch: Batch) -> Any:
         """As `Engine.forward`, on all ranks. Raises AngelForgeError where the group has ended, always from then on."""
-        self.group.send(_BATCH + encode(batch))
+        cause = "A step was interrupted."
         try:
+            self.group.send(_BATCH + encode(batch))
             logits = self.local.forward(batch)
             self._settle(self.local)
+            cause = ""
             return logits
         except AngelForgeError as error:
-            # The others wait for a part that does not come: the group cannot go on.
-            self.group.failure = self.group.failure or f"{error} The ranks have ended; start them again."
+            cause = str(error)
             raise
+        finally:
+            if cause and self.group.failure is None:
+                # The others wait for a part that does not come: the group cannot go on.
+                self.group.failure = f"{cause} The ranks have ended; start them again."
 
     def close(self) -> None:
         """Lets the other ranks go and frees this one's engine."""
         try:
             if self.group.failure is None:
                 self.group.send(_STOP)
+            else:
+                self.group.leave()
         finally:
             self.local.close()
             self.group.close()
