@@ -14,8 +14,8 @@ _SHORT = 12  # ids that are decoded together where no character is cut: fewer co
 class Detokenizer:
     """Decodes one token more at a time; the pieces together are the text of all ids.
 
-    Only the last few ids are decoded at every step, so a token costs the same however long the text is. Up to three
-    U+FFFD at the end are held back: the next token may complete the character.
+    Only the last few ids are decoded at every step, so a token costs the same however long the text is. Text that ends
+    with U+FFFD is held back for a while: the next token may complete the character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -35,22 +35,27 @@ class Detokenizer:
             if len(window) >= _SHORT:
                 self._shorten(text)
             return new
+        if len(window) < _WINDOW:
+            # Byte by byte, decoders differ in how much of what came before they also show as replacements: wait.
+            return ""
         certain = len(text)
         while certain > 0 and len(text) - certain < _LONGEST_PARTIAL and text[certain - 1] == _REPLACEMENT:
             certain -= 1
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
-        if len(window) >= _WINDOW:
-            self._cut(text)
+        self._cut(text)
         return new
 
     def _shorten(self, text: str) -> None:
-        """Forgets the first half of a window where the other half alone has the same text, but for leading spaces."""
-        rest = self._window[len(self._window) // 2 :]
-        shorter = self._decode(rest)
-        if self._shown == len(text) and shorter and text.endswith(shorter):
-            self._window, self._shown = rest, len(shorter)
-        elif len(self._window) >= _WINDOW:
+        """Forgets half of a window, and a little more where that would cut a character, if all of its text is shown."""
+        half = len(self._window) // 2
+        for begin in range(half, half + 1 + _LONGEST_PARTIAL):
+            shorter = self._decode(self._window[begin:])
+            if shorter and text.endswith(shorter):
+                del self._window[:begin]
+                self._shown = len(shorter)
+                return
+        if len(self._window) >= _WINDOW:
             self._cut(text)
 
     def _cut(self, text: str) -> None:

@@ -115,7 +115,14 @@ class LLM:
         self.template = template
         self.config = engine.config
         self.max_context = engine.max_context
-        self._limits = Limits(engine.page_size, engine.num_pages, engine.max_context, max_batch, max_tokens_per_step)
+        self._limits = Limits(
+            engine.page_size,
+            engine.num_pages,
+            engine.max_context,
+            max_batch,
+            max_tokens_per_step,
+            getattr(engine, "max_rows", None),  # of those that have such a limit
+        )
         self._speculator = None
         if draft is not None and speculate != 0:
             self._speculator = Speculator(draft, self._limits, speculate)

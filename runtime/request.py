@@ -106,7 +106,9 @@ class Request:
         self.proposed: tuple[int, ...] = ()  # tokens that a draft expects next; the next step checks them
         self.tally: Tally | None = None  # of speculation
         self.rng = np.random.default_rng(params.seed)
-        self.history = History(prompt) if params.penalizes else None
+        # Only the repetition penalty looks at the prompt, which may be long.
+        seen = prompt if params.repetition_penalty != 1.0 else prompt[:0]
+        self.history = History(seen) if params.penalizes else None
         self.constraint = constraint
         self.cached_tokens = 0  # of the prompt, those that came from the cache
         # Positions of the prompt of which no logprob is asked for any more; the last tells of the first output token.

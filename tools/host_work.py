@@ -98,7 +98,8 @@ class Drawn:
 def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     """Times decoding steps of `batch` requests after prompts of `prompt` tokens."""
     torch.set_num_threads(1)  # the copy that stands for the one to a device is not worth two
-    pages = max(batch * (-(-(prompt + steps + 100) // PAGE_SIZE) + 2), CONTEXT // PAGE_SIZE) + 1
+    limit = 2 * batch * (prompt // 512 + 1) + steps + 50  # tokens: the first decode while the last are computed
+    pages = max(batch * (-(-(prompt + limit) // PAGE_SIZE) + 1), CONTEXT // PAGE_SIZE) + 1
     engine, draw = NoEngine(batch, pages), Drawn(on_host)
     llm = LLM.from_engine(engine, synthetic_tokenizer(), max_batch=batch)
     stepper = Stepper(engine, Limits(PAGE_SIZE, pages, CONTEXT, batch, max(1024, batch)), None, draw)
@@ -106,7 +107,7 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     outbox: deque[Delta] = deque()
     for index in range(batch):
         params = SamplingParams(
-            max_tokens=steps + 99,
+            max_tokens=limit,
             ignore_eos=True,
             temperature=0.8,
             top_k=50,
@@ -122,6 +123,7 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
         stepper.step()
     for _ in range(20):
         stepper.step()
+    assert len(stepper.scheduler.running) == batch
     found = Timed()
     for _ in range(steps):
         outbox.clear()

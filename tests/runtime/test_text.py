@@ -45,6 +45,18 @@ def test_a_character_in_single_bytes_is_shown_when_it_is_complete():
     assert [stream.push(begin + byte) for byte in "世".encode()] == ["", "", "世"]
 
 
+@pytest.mark.parametrize("tokenizer", [BYTES, SPACES])
+@given(text=st.text("世界你好éaâ🎉", max_size=60))
+def test_long_text_in_single_bytes_is_streamed_as_it_is(tokenizer, text):
+    """Where a decoder takes a run of bytes as a whole, too: half a character makes replacements of all of it."""
+    ids = BYTES.encode(text) if tokenizer is BYTES else [5 + byte for byte in text.encode()]
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(stream._window) <= 32
+
+
 def test_endless_invalid_bytes_cost_the_same_at_every_step():
     stream = Detokenizer(BYTES)
     token = BYTES.encode("\xff")[0]

@@ -61,6 +61,21 @@ def test_sampling_options_reach_the_model(bundle: Path, llm: LLM) -> None:
     assert result.stdout == output.text.split(stop)[0] + "\n"
 
 
+def test_penalties_and_logprobs_reach_the_model(bundle: Path, llm: LLM) -> None:
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.7, "logprobs": 2}
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = run(bundle, "--prompt", "x", "--max-tokens", 9, *arguments, "--json")
+    (output,) = llm.generate(["x"], SamplingParams(max_tokens=9, **options))
+    (found,) = json.loads(result.stdout)
+    assert found["token_ids"] == list(output.token_ids)
+    assert output.logprobs is not None
+    assert [each["token"] for each in found["logprobs"]] == list(output.token_ids)
+    assert found["logprobs"][0]["logprob"] == pytest.approx(output.logprobs[0].logprob)
+    assert len(found["logprobs"][0]["top"]) == 2
+    result = run(bundle, "--prompt", "x", "--logprobs", 2)
+    assert (result.exit_code, "--json only" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(("content", "prompts"), [("[5, 6, 7]", [[5, 6, 7]]), ("[[5], [6, 7]]", [[5], [6, 7]])])
 def test_files_of_token_ids(bundle: Path, llm: LLM, tmp_path: Path, content: str, prompts: list[list[int]]) -> None:
     (tmp_path / "ids.json").write_text(content)
