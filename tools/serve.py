@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from angelforge.errors import UsageError
 from angelforge.runtime.depth import Depth
-from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
+from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
 from angelforge.tools.options import bundle_argument, json_option
-from angelforge.tools.output import print_json
+from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.speculation_text import speculate_option
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _KEY = "ANGELFORGE_API_KEY"
 @speculate_option
 @kv_memory_option
 @threads_option
+@tensor_parallel_option
 @json_option
 def serve(
     bundle: Path,
@@ -61,6 +63,7 @@ def serve(
     speculate: Depth,
     kv_memory: int | None,
     threads: int | None,
+    tensor_parallel: int,
     as_json: bool,
 ) -> None:
     """Serve a built bundle over HTTP, as OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
@@ -93,15 +96,25 @@ def serve(
         )
         serve_replicas(many, lambda url: _tell(url, options, as_json))
         return
+    loading = {"kv_memory": kv_memory, "max_batch": max_batch, "threads": threads, "speculate": speculate}
+    _serve_one(bundle, target, tensor_parallel, loading, options, as_json)
+
+
+def _serve_one(
+    bundle: Path, target: str, tensor_parallel: int, loading: dict[str, Any], options: ServerOptions, as_json: bool
+) -> None:
+    """Serves one engine in this process; of several ranks the first does, the others work for it."""
     from angelforge.runtime.llm import LLM
     from angelforge.runtime.server.run import Server, bind
 
-    bound = bind(host, port)
-    with (
-        bound,
-        LLM(bundle, target, kv_memory=kv_memory, max_batch=max_batch, threads=threads, speculate=speculate) as llm,
-    ):
-        server = Server(llm, options, bound)
+    with ExitStack() as stack:
+        # An address that is taken is told before minutes of loading; only one of several ranks may have it, which is
+        # known when they have met.
+        bound = stack.enter_context(bind(options.host, options.port)) if tensor_parallel == 1 else None
+        with total_progress("load weights") as progress:
+            llm = LLM(bundle, target, tensor_parallel=tensor_parallel, progress=progress, **loading)
+        stack.enter_context(llm)
+        server = Server(llm, options, bound or stack.enter_context(bind(options.host, options.port)))
         asyncio.run(server.run_until_told(lambda: _tell(server.url, options, as_json)))
 
 
