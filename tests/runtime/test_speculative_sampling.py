@@ -9,9 +9,12 @@ from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 
 from angelforge import LLM, SamplingParams
+from angelforge.runtime import choosing
 from angelforge.runtime.distribution import candidates, processed_distribution
 from angelforge.runtime.history import History
+from angelforge.runtime.proposals import Proposer
 from angelforge.runtime.sampler import draw
+from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.verification import Shares, judge
 
 OPTIONS = {
@@ -114,14 +117,20 @@ def test_wrong_rules_are_seen():
     assert excess(counts, unprocessed) > 8
 
 
-WORDS, LENGTH, PROMPT = 5, 3, (2, 0)
+WORDS, LENGTH, PROMPT, SEEDS = 3, 4, (2, 0), 1200
+
+
+class FlatEngine(PagedEngine):
+    """All of its outputs are likely: a distribution over few of them would show no mistake."""
+
+    def __init__(self):
+        super().__init__(4, 256, 32, WORDS)
+        self.head = self.head / 25
 
 
 def exact(params):
     """Probability of every output of LENGTH tokens by the target alone."""
-    model = PagedEngine(4, 64, 32, WORDS)
-    model.head = model.head / 2  # flatter: more than one token is likely
-    found = {}
+    model, found = FlatEngine(), {}
     for output in itertools.product(range(WORDS), repeat=LENGTH):
         known, probability = list(PROMPT), 1.0
         for token in output:
@@ -133,22 +142,58 @@ def exact(params):
     return found
 
 
-@pytest.mark.parametrize(("draft", "depth"), [(noisy, 2), (wrong, 3), (perfect, "auto")])
-@pytest.mark.parametrize("name", ["temperature 1", "all"])
-def test_whole_outputs_have_the_targets_distribution(draft, depth, name):
-    """Every output of three tokens comes as often as the target alone would give it, batches of 32, seeds 0 to 1499."""
-    engine = PagedEngine(4, 256, 32, WORDS)
-    engine.head = engine.head / 2
-    params = OPTIONS[name]
-    stub = StubDraft(engine, draft(engine), [0, 1, 3, 4])
-    llm = LLM.from_engine(engine, draft=stub, speculate=depth)
-    asked = [
-        SamplingParams(**{**vars(params), "max_tokens": LENGTH, "seed": seed, "ignore_eos": True})
-        for seed in range(1500)
-    ]
+def whole_outputs(name, draft, depth, vocabulary=None):
+    """(counts of every output of batches of 32, their probabilities, what the draft did)"""
+    engine, params = FlatEngine(), OPTIONS[name]
+    llm = LLM.from_engine(engine, draft=StubDraft(engine, draft(engine), vocabulary), speculate=depth)
+    fixed = {"max_tokens": LENGTH, "ignore_eos": True}
+    asked = [SamplingParams(**{**vars(params), **fixed, "seed": seed}) for seed in range(SEEDS)]
     wanted = exact(params)
     counts = dict.fromkeys(wanted, 0)
     for output in llm.generate([list(PROMPT)] * len(asked), asked):
         counts[output.token_ids] += 1
-    assert excess(list(counts.values()), list(wanted.values())) < 4
-    assert llm.speculation.rounds > 500
+    return np.array(list(counts.values())), np.array(list(wanted.values())), llm.speculation
+
+
+@pytest.mark.parametrize(
+    ("draft", "depth", "vocabulary"),
+    [(noisy, 2, None), (wrong, 3, [0, 2]), (perfect, 3, None), (noisy, "auto", [0, 2])],
+    ids=["noisy", "wrong, gaps", "perfect", "auto, gaps"],
+)
+@pytest.mark.parametrize("name", ["temperature 1", "penalty", "all"])
+def test_whole_outputs_have_the_targets_distribution(name, draft, depth, vocabulary):
+    """Every output of four tokens comes as often as the target alone would give it; chains have up to three places."""
+    counts, wanted, report = whole_outputs(name, draft, depth, vocabulary)
+    assert -(wanted[wanted > 0] * np.log(wanted[wanted > 0])).sum() > 1  # nats
+    assert (wanted * SEEDS >= 8).sum() >= 10
+    assert report.rounds > 500
+    assert min(report.acceptance_by_position[:2]) > 0
+    assert excess(counts, wanted) < 4
+
+
+def test_wrong_runs_are_seen(monkeypatch):
+    """The test above finds shares of another place, a likeliest last token, proposals that all pass."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Speculator, "shares", lambda self, request, place: self._drafted[request].shares[0])
+        assert excess(*whole_outputs("temperature 1", noisy, 2)[:2]) > 8
+    with monkeypatch.context() as patch:
+        patch.setattr(choosing, "sample", lambda logits, requests: logits.argmax(axis=1))
+        assert excess(*whole_outputs("temperature 1", noisy, 2)[:2]) > 8
+    with monkeypatch.context() as patch:
+        patch.setattr(choosing, "judge", lambda logits, request, proposal, shares: proposal)
+        assert excess(*whole_outputs("temperature 1", noisy, 2)[:2]) > 8
+
+
+def test_the_penalty_counts_the_chain():
+    """What stands in the chain already is penalised at its next place, as it is in the target's distribution."""
+    engine = FlatEngine()
+    draft = StubDraft(engine, perfect(engine))
+    draft.last_logits = np.array([[1.0, 0.9, -5.0]], np.float32)
+    request = drawing(
+        SamplingParams(temperature=0.0, frequency_penalty=1.0), PROMPTED[:0], [], np.random.default_rng(0)
+    )
+    proposer = Proposer(draft)
+    assert proposer.choose(0, 0, request, [])[0] == 0
+    assert proposer.choose(0, 0, request, [0])[0] == 1
+    assert proposer.choose(0, 0, request, [0, 1])[0] == 0
+    assert proposer.choose(0, 0, request, [])[0] == 0  # the chain was not noted for good
