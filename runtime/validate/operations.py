@@ -17,8 +17,7 @@ from angelforge.bundle import Bundle
 from angelforge.engines.network import check_operators
 from angelforge.engines.widen import widen_activations
 from angelforge.runtime.onnxruntime_session import INPUTS
-
-BF16 = ir.DataType.BFLOAT16
+from angelforge.runtime.validate.rounding import round_as_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def prepare_judge(model: ir.Model, as_stored: bool = False) -> JudgeGraph:
     stages = tuple(_stages(model))
     widen_activations(model)
     if as_stored:
-        _round_as_stored(model, types)
+        round_as_stored(model, types)
     return JudgeGraph(model, stages, types, shapes, as_stored)
 
 
@@ -138,28 +137,6 @@ def _operation(node: ir.Node, weights: set[str]) -> Operation:
         all_inputs=names,
         attributes={name: attribute.value for name, attribute in node.attributes.items()},
     )
-
-
-def _round_as_stored(model: ir.Model, types: dict[str, ir.DataType]) -> None:
-    """Every value that the bundle stores in bf16 passes through bf16 behind the operator that makes it."""
-    for node in list(model.graph):
-        for value in node.outputs:
-            name = str(value.name)
-            if types.get(name) != BF16:
-                continue
-            value.name = f"{name}.exact"
-            narrow = ir.Node("", "Cast", [value], [ir.AttrInt64("to", BF16)], num_outputs=1)
-            wide = ir.Node("", "Cast", [narrow.outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT)], num_outputs=1)
-            narrow.outputs[0].name, narrow.outputs[0].dtype = f"{name}.bf16", BF16
-            result = wide.outputs[0]
-            result.name, result.dtype, result.shape = name, ir.DataType.FLOAT, value.shape
-            users = [(use.node, use.idx) for use in value.uses() if use.node is not narrow]
-            for user, index in users:
-                user.replace_input_with(index, result)
-            for index, output in enumerate(model.graph.outputs):
-                if output is value:
-                    model.graph.outputs[index] = result
-            model.graph.insert_after(node, [narrow, wide])
 
 
 def bookkeeping(names: Sequence[str]) -> list[str]:

@@ -235,6 +235,8 @@ class ReferenceRunner(BundleRunner):
             self._seen[page] = ids
             for name, values in self._compute(ids).items():
                 parts.setdefault(name, []).append(np.asarray(values, np.float32)[place : place + end - begin])
+        if not self.own_pool:  # whole pools are compared there, and it has none
+            parts = {"logits": parts["logits"]}
         outputs: Outputs = OrderedDict((name, np.concatenate(rows)) for name, rows in parts.items())
         padding = np.zeros((len(feed["input_ids"]) - int(starts[-1]), outputs["logits"].shape[1]), np.float32)
         outputs["logits"] = np.concatenate([outputs["logits"], padding])[feed["logit_indices"]]

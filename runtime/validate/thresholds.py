@@ -29,7 +29,7 @@ class Thresholds:
 F32 = Thresholds(2e-5, 2e-5, 0.0, 0.0, 2e-5, 2e-5, 1e-5)
 BF16 = Thresholds(8e-3, 2e-5, 0.0, 0.0, 3e-2, None, 1e-5)
 FP8_IN_F32 = Thresholds(2e-5, 2e-5, 1e-2, 0.08, None, None, 1e-5)
-FP8 = Thresholds(8e-3, 2e-5, 6e-2, 0.08, None, None, 1e-5)
+FP8 = Thresholds(8e-3, 2e-5, 2e-2, 0.08, None, None, 1e-5)
 
 
 def thresholds(precision: Precision, as_stored: bool) -> Thresholds:
