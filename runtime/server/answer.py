@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -82,4 +83,7 @@ async def respond(request: Request, call: Call, answer: Answer, stream: bool, st
             stack.pop_all()
             return EventStream(answer.events(call, first), call.cancel, stall_seconds)
         outputs = await unless_gone(request, all_outputs(call))
-        return Gone() if outputs is None else JSONResponse(answer.body(outputs))
+        if outputs is None:
+            return Gone()
+        # Log probabilities of long prompts take a second to write down; meanwhile others are served.
+        return await asyncio.to_thread(lambda: JSONResponse(answer.body(outputs)))

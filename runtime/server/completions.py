@@ -42,7 +42,8 @@ class Completions:
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time()), "model": options.model}
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         echo = self._texts(body, prompts) if body.echo else None
-        answer = TextAnswer(head, choices, include_usage, host.vocabulary, echo, body.logprobs)
+        ids = bool(body.return_token_ids)
+        answer = TextAnswer(head, choices, include_usage, host.vocabulary, echo, body.logprobs, ids)
         call = host.submit(prompts, choices, params)
         return await respond(request, call, answer, bool(body.stream), options.stall_seconds)
 
@@ -89,10 +90,11 @@ class TextAnswer(Answer):
         vocabulary: Vocabulary,
         echo: list[str] | None,
         logprobs: int | None,
+        ids: bool,
     ) -> None:
-        """`echo` are the prompts' texts; of `logprobs` as many are shown beside each token."""
+        """`echo` are the prompts' texts; of `logprobs` as many are shown beside each token; `ids` shows their ids."""
         super().__init__(head, choices, include_usage)
-        self._vocabulary, self._echo, self._logprobs = vocabulary, echo, logprobs
+        self._vocabulary, self._echo, self._logprobs, self._ids = vocabulary, echo, logprobs, ids
         self._columns: dict[int, CompletionLogprobs] = {}
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
@@ -104,11 +106,11 @@ class TextAnswer(Answer):
             tokens = output.prompt_token_ids + tokens
             logprobs = [*(output.prompt_logprobs or ()), *logprobs]
         columns = None if self._logprobs is None else self._of(index).columns(tokens, logprobs)
-        return _piece(index, text, columns, output.finish_reason)
+        return self._piece(index, text, columns, output.finish_reason, output.token_ids)
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The prompt."""
-        return [] if self._echo is None else [_piece(index, self._echo[index // self._choices], None, None)]
+        return [] if self._echo is None else [self._piece(index, self._echo[index // self._choices], None, None, ())]
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
         """Text as soon as it is certain, and logprobs of each token as soon as it is chosen."""
@@ -116,9 +118,15 @@ class TextAnswer(Answer):
         columns = None
         if self._logprobs is not None:
             columns = self._of(delta.index).columns(delta.token_ids, delta.logprobs or ())
-        if not delta.text and reason is None and (columns is None or not delta.token_ids):
+        if not delta.text and reason is None and not (delta.token_ids and (self._ids or columns is not None)):
             return []
-        return [_piece(delta.index, delta.text, columns, reason)]
+        return [self._piece(delta.index, delta.text, columns, reason, delta.token_ids)]
+
+    def _piece(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None, ids: tuple[int, ...]
+    ) -> dict[str, Any]:
+        piece = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**piece, "token_ids": list(ids)} if self._ids else piece
 
     def _of(self, index: int) -> CompletionLogprobs:
         return self._columns.setdefault(index, CompletionLogprobs(self._vocabulary, self._logprobs or 0))
@@ -128,7 +136,3 @@ def _ids(tokens: Sequence[int]) -> Int64:
     if any(token >= 2**63 for token in tokens):
         raise ApiError(400, "The prompt has a token id of more than 64 bits, which no vocabulary has.", "prompt")
     return np.array(tokens, np.int64)
-
-
-def _piece(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

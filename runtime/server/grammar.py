@@ -45,21 +45,27 @@ class Matching:
     def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
         self._matcher = matcher
         self._mask: npt.NDArray[np.uint32] = np.zeros(words, np.uint32)
+        self._look()
 
     def mask(self) -> npt.NDArray[np.uint32]:
-        """Bit i of word w is set where token 32·w + i may come, uint32 [⌈vocab / 32⌉]; valid until the next call.
+        """Bit i of word w is set where token 32·w + i may come, uint32 [⌈vocab / 32⌉]; valid until `accept`.
 
-        When the grammar is fulfilled only end tokens may come. Raises AngelForgeError if the grammar grew too complex.
+        When the grammar is fulfilled only end tokens may come.
         """
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
-            raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
         return self._mask
 
     def accept(self, token: int) -> None:
-        """Notes that a token was chosen. Raises AngelForgeError if it was not allowed."""
-        if not self._matcher.consume_token(token):
-            raise AngelForgeError(f"The output left its grammar: {self._matcher.get_error()}")
+        """Notes that a token was chosen, and looks what may follow it.
+
+        Raises AngelForgeError if it was not allowed, or the grammar grows too complex: of this output alone.
+        """
+        self._matcher.consume_token(token)
+        self._look()
+
+    def _look(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if self._matcher.is_error():
+            raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

@@ -75,6 +75,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     best_of: StrictInt | None = None
     suffix: None = None
+    return_token_ids: bool | None = None  # beyond OpenAI's: `token_ids` in every choice
 
 
 class Message(BaseModel):
