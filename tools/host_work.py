@@ -18,7 +18,8 @@ from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.exporter.synthetic_config import FULL_CONFIG
 from angelforge.runtime.batch import Batch, Float32, Int64
 from angelforge.runtime.device import open_device
-from angelforge.runtime.device_sampling import Packed, pack_requests
+from angelforge.runtime.device_adjusting import pack_adjustments
+from angelforge.runtime.device_largest import candidates_of, draw_each, largest_of
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.packing import Padding
@@ -75,20 +76,28 @@ class NoEngine:
 
 
 class Drawn:
-    """Samples in NumPy, or packs what a device would need to sample and answers with ids that were drawn before."""
+    """Samples in NumPy, or does what the host has to where a device samples, and answers with ids drawn before.
+
+    That is: packing of what changes the logits, and the rules on the few largest logits that come back.
+    """
 
     def __init__(self, on_host: bool) -> None:
         self._on_host, self._cpu = on_host, torch.device("cpu")
         self._ids = np.random.default_rng(1).integers(256, VOCAB - 1, 4096)
         self._next = 0
+        self._tables: dict[int, Float32] = {}  # what a device gives back, by the number of rows
         self.seconds = 0.0
 
     def __call__(self, logits: Float32, requests: Sequence[Request]) -> Int64:
-        begin, count = perf_counter(), len(requests)
+        count, rules = len(requests), [request.params for request in requests]
+        if not self._on_host and count not in self._tables:
+            self._tables[count] = largest_of(torch.from_numpy(logits), rules).numpy()
+        begin = perf_counter()
         if self._on_host:
             ids = sample(logits, requests)
         else:
-            pack_requests(range(count), requests, VOCAB, Packed(self._cpu))
+            pack_adjustments(logits.shape, range(count), requests, self._cpu)
+            draw_each(candidates_of(self._tables[count], rules, VOCAB), requests)
             self._next = (self._next + count) % 4000
             ids = self._ids[self._next : self._next + count]
         self.seconds = perf_counter() - begin

@@ -1,6 +1,6 @@
 """What is drawn where the logits lie has the distribution of the host's sampler; a CPU's tensors stand for a GPU's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from angelforge.runtime import device_distribution
+from angelforge.runtime import device_distribution, device_largest
+from angelforge.runtime.device_adjusting import Packed, adjusted_rows
 from angelforge.runtime.device_candidates import candidates_on_device, places_of
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
-from angelforge.runtime.device_sampling import Packed, adjusted_rows, pack_requests, sample_on_device
+from angelforge.runtime.device_largest import candidates_of, is_narrow, largest_of
+from angelforge.runtime.device_sampling import pack_rules, sample_on_device
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.sampler import sample
@@ -54,24 +56,40 @@ def asking(prompt: list[int] = (), output: list[int] = (), allowed: np.ndarray |
 
 
 def on_device(logits: np.ndarray, requests: list[Asking]) -> tuple[np.ndarray, np.ndarray]:
-    """Adjusted logits and probabilities of all rows."""
-    tensor, packed = torch.from_numpy(logits), Packed(torch.device("cpu"))
-    rules = pack_requests(range(len(requests)), requests, logits.shape[1], packed)
-    x = adjusted_rows(tensor, requests, packed)
+    """Adjusted logits and probabilities of all rows, from the whole vocabulary."""
+    x = adjusted_rows(torch.from_numpy(logits), range(len(requests)), requests)
+    rules = pack_rules([request.params for request in requests], x.shape[1], Packed(x.device), np.zeros(len(requests)))
     weights = kept_weights(x, x.argmax(1, keepdim=True), rules).double()
     return x.numpy(), (weights / weights.sum(1, keepdim=True)).numpy()
+
+
+def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.ndarray]:
+    """Probabilities of the rows for which the largest logits tell them."""
+    narrow = [row for row, request in enumerate(requests) if is_narrow(request.params, logits.shape[1])]
+    if not narrow:
+        return {}
+    chosen = [requests[row] for row in narrow]
+    x = adjusted_rows(torch.from_numpy(logits), narrow, chosen)
+    rules = [request.params for request in chosen]
+    found = candidates_of(largest_of(x, rules).numpy(), rules, x.shape[1])
+    dense = np.zeros((len(narrow), logits.shape[1]))
+    for row, ids, weights in zip(dense, found.ids, found.weights, strict=True):
+        row[ids] = weights / weights.sum()
+    return {row: dense[i] for i, row in enumerate(narrow) if found.decided[i]}
 
 
 def compare(logits: np.ndarray, requests: list[Asking]) -> None:
     before = logits.copy()
     x, found = on_device(logits, requests)
+    few = from_largest(logits, requests)
     assert np.array_equal(logits, before)
     for row, request in enumerate(requests):
         params, mask = request.params, request.constraint and request.constraint.mask()
         assert np.array_equal(x[row], adjusted(logits[row], params, request.history, mask))
         expected = processed_distribution(logits[row], params, request.history, mask)
-        assert np.array_equal(found[row] > 0, expected > 0), params
-        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-9)
+        for each in (found[row], few.get(row, found[row])):
+            assert np.array_equal(each > 0, expected > 0), params
+            np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-9)
 
 
 VOCAB = 37
@@ -105,6 +123,8 @@ def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Askin
     logits = np.array([data.draw(rows) for _ in requests], np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_distribution, "MOST_SORTED", most)
+        patch.setattr(device_largest, "MOST", most)
+        patch.setattr(device_largest, "_TIES", 2)
         compare(logits, requests)
 
 
@@ -169,6 +189,27 @@ def test_a_token_depends_on_its_own_request_alone() -> None:
     assert together.tolist() == alone
     backwards = sample_on_device(logits.flip(0), requests()[::-1])
     assert backwards[::-1].tolist() == alone
+
+
+@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4), most=st.sampled_from([4, 1024]))
+def test_tokens_with_a_top_k_are_the_hosts(data: st.DataObject, requests: list[Asking], most: int) -> None:
+    """With the numbers that the requests' generators give; those from the whole vocabulary are allowed ones."""
+    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
+    logits = np.array([data.draw(rows) for _ in requests], np.float32)
+    expected = sample(logits, [replace(request, rng=np.random.default_rng(5)) for request in requests])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_largest, "MOST", most)
+        patch.setattr(device_largest, "_TIES", 2)
+        fresh = [replace(request, rng=np.random.default_rng(5)) for request in requests]
+        found = sample_on_device(torch.from_numpy(logits), fresh)
+        told = from_largest(logits, requests)
+    for row, request in enumerate(requests):
+        if row in told and 0 < request.params.top_k < VOCAB:
+            assert found[row] == expected[row]
+        else:
+            mask = request.constraint and request.constraint.mask()
+            allowed = processed_distribution(logits[row], request.params, request.history, mask)
+            assert allowed[found[row]] > 0
 
 
 def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
