@@ -110,7 +110,7 @@ class Request:
         seen = prompt if params.repetition_penalty != 1.0 else prompt[:0]
         self.history = History(seen) if params.penalizes else None
         self.constraint = constraint
-        self.cached_tokens = 0  # of the prompt, those that came from the cache
+        self.cached_tokens: int | None = None  # of the prompt, those that were in the cache when it started
         # Positions of the prompt of which no logprob is asked for any more; the last tells of the first output token.
         self.scored = 0 if params.prompt_logprobs is not None else self.prompt_length - 1
         self.outbox = outbox
@@ -188,6 +188,6 @@ class Request:
             speculation=None if self.tally is None else self.tally.report(),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs),
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self.cached_tokens or 0,
         )
         self.outbox.append(Delta(self.index, text, ids, result, logprobs))

@@ -186,8 +186,9 @@ class Scheduler:
         request.lease.share(shared)
         request.lease.grow(self.limits.pages_for(self._reach(request)))
         request.computed = request.covered = len(shared) * page_size
-        if request.length == request.prompt_length:
+        if request.cached_tokens is None:
             request.cached_tokens = request.computed
+        if request.length == request.prompt_length:
             for key in request.keys.of(request.known, self._prompt_pages(request))[len(shared) :]:
                 self._coming.setdefault(key, request)
         return True

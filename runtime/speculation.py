@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Int32, Int64
 from angelforge.runtime.depth import Acceptance, Depth, check_depth
 from angelforge.runtime.engines import DraftEngine
@@ -42,7 +43,15 @@ class Speculator:
     """
 
     def __init__(self, draft: DraftEngine, limits: Limits, depth: Depth) -> None:
-        """Raises UsageError for a depth that the draft or the size of a step does not allow."""
+        """Raises UsageError for a depth that the draft or the size of a step does not allow.
+
+        A draft whose pool does not have the target's pages, which a sequence holds in both, is an AngelForgeError.
+        """
+        if draft.page_size != limits.page_size or draft.num_pages < limits.num_pages:
+            raise AngelForgeError(
+                f"The draft's cache has {draft.num_pages} pages of {draft.page_size} tokens, but the target's has "
+                f"{limits.num_pages} of {limits.page_size}, and sequences hold the same pages in both."
+            )
         size = min(limits.max_tokens_per_step, limits.max_rows or limits.max_tokens_per_step)
         fitting = size // limits.max_batch - 1
         limited_by = "the draft's limit" if draft.max_depth <= fitting else "tokens or rows per step / batch − 1"

@@ -143,6 +143,15 @@ def test_the_last_token_of_a_prompt_is_always_computed():
         assert request.cached_tokens == wanted
 
 
+def test_what_a_request_computed_before_it_was_set_back_was_not_in_the_cache():
+    serving = Serving(Limits(4, 64, CONTEXT, 8, 8))
+    request = serving.add(list(range(2, 22)), SamplingParams(max_tokens=3))
+    serving.step()
+    serving.scheduler._set_back(request)
+    serving.step()
+    assert (request.computed, request.cached_tokens) == (16, 0)
+
+
 @pytest.mark.parametrize("draft", ["perfect", "wrong"])
 @pytest.mark.parametrize("count", range(12, 20))
 def test_outputs_are_prefixes_of_the_next_turn(draft, count):

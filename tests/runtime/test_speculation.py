@@ -14,7 +14,7 @@ from support.stub_draft import StubDraft, noisy, perfect, wrong
 from support.tokenizers import byte_level
 
 from angelforge import LLM, SamplingParams
-from angelforge.errors import UsageError
+from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.distribution import candidates
 from angelforge.runtime.history import History
 from angelforge.runtime.proposals import Proposer
@@ -235,6 +235,14 @@ def test_a_batch_must_fit_a_step_with_its_proposals():
     with pytest.raises(UsageError, match="from 0 to 3"):
         load(perfect, 4, max_batch=8, max_tokens_per_step=32)
     load(perfect, 3, max_batch=8, max_tokens_per_step=32)
+
+
+def test_a_draft_needs_the_targets_pages():
+    engine = PagedEngine(4, 64, 64, VOCAB)
+    draft = StubDraft(engine, perfect(engine))
+    draft.num_pages = 63
+    with pytest.raises(AngelForgeError, match="has 63 pages of 4 tokens, but the target's has 64 of 4"):
+        LLM.from_engine(engine, draft=draft)
 
 
 def test_without_a_draft_nothing_is_reported():
