@@ -33,8 +33,9 @@ def check_operators(request: PlanRequest) -> str | None:
     if find_spec("triton") is None:
         return NOT_ASKED
     few = config.with_layers(_layers_of_each_kind(config))
-    model = build_graph(few, request.precision, request.page_size, request.max_context)
-    prepare_network(model)
+    ranks = request.tensor_parallel
+    model = build_graph(few, request.precision, request.page_size, request.max_context, ranks=ranks)
+    prepare_network(model, ranks)
     pages = 1 + -(-request.max_context // request.page_size)
     limits = StepLimits(request.max_tokens, request.max_batch, request.max_context, request.page_size, pages)
     check_kernels(model, make_profiles(limits), Gpu(target.architecture, target.sms))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import click
 
+from angelforge.engines.decode_limit import DecodeLimit
+from angelforge.engines.footprint import Kind
 from angelforge.engines.planner import Plan
 from angelforge.tools.output import format_bytes, print_table
 from angelforge.tools.plan_model import Model
@@ -26,16 +28,15 @@ def print_plan(plan: Plan) -> None:
     """One target in full: weights, memory, cache, limits, verdict."""
     devices = f"{plan.tensor_parallel} × {plan.target}" if plan.tensor_parallel > 1 else plan.target
     many = plan.tensor_parallel > 1
-    place = {True: "split", False: "on every device"}
     click.echo(f"\n{devices}, {plan.precision}")
-    rows = [[x.kind.value, format_bytes(x.total), format_bytes(x.per_rank), place[x.kind.split]] for x in plan.weights]
+    rows = [[x.kind.value, format_bytes(x.total), format_bytes(x.per_rank), _place(x.kind)] for x in plan.weights]
     rows.append(["all", format_bytes(plan.weights_total), format_bytes(plan.weights_per_rank), ""])
     columns = ["weights", "total", "a device", ""] if many else ["weights", "bytes"]
     print_table(columns, [row[: len(columns)] for row in rows])
     memory = [
         ["memory", _gb(plan.memory), ""],
         ["weights", _gb(plan.weights_per_rank), ""],
-        ["activations", _gb(plan.reserve_activations), "upper estimate of one step"],
+        ["activations", _gb(plan.reserve_activations), _activations(plan)],
         ["driver and engine", _gb(plan.reserve_device), "reserve"],
         ["left for the cache", _gb(plan.left), _cache(plan)],
     ]
@@ -46,40 +47,61 @@ def print_plan(plan: Plan) -> None:
     )
     if plan.limits:
         limits = [
-            [str(x.batch), f"{x.context:,}", format_bytes(x.bytes_per_step), f"{x.tokens_per_second:,.0f}"]
+            [str(x.batch), f"{x.context:,}", format_bytes(x.bytes_per_step), *[_sums(x)] * many, _limit(x)]
             for x in plan.limits
         ]
-        reduced = " and 10 µs an all-reduce" if many else ""
-        print_table(["batch", "context", "bytes a step", f"tokens/s at most (nominal bandwidth{reduced})"], limits)
+        columns = ["batch", "context", "bytes a step", *["sums over devices"] * many]
+        print_table([*columns, "tokens/s at most (nominal bandwidth)"], limits)
     click.echo(_verdict(plan))
 
 
 def print_comparison(plans: Sequence[Plan]) -> None:
-    """One row a target."""
+    """One row a target and number of devices."""
+    several = max(p.tensor_parallel for p in plans) > 1
     rows = [
         [
             p.target,
+            *[str(p.tensor_parallel)] * several,
             "yes" if p.fits else "no",
             _gb(p.memory),
             _gb(p.needed),
             f"{p.tokens:,}",
-            f"{p.limits[0].tokens_per_second:,.0f}" if p.limits else "",
-            f"{p.limits[-1].tokens_per_second:,.0f}" if p.limits else "",
+            *[_limit(p.limits[0]) if p.limits else "", _limit(p.limits[-1]) if p.limits else ""],
+            *[_sums(p.limits[0]) if p.limits else "", _sums(p.limits[-1]) if p.limits else ""] * several,
             " or ".join(p.remedies),
         ]
         for p in plans
     ]
-    first = plans[0]
-    columns = ["target", "fits", "memory", "needed", "cache tokens", "limit, batch 1", "limit, batch 32", "what helps"]
-    ranks = f", {first.tensor_parallel} devices" if first.tensor_parallel > 1 else ""
-    click.echo(f"\n{first.precision}, context {first.max_context:,}{ranks} (bytes of one device)")
+    columns = ["target", *["devices"] * several, "fits", "memory", "needed", "cache tokens"]
+    columns += ["limit, batch 1", "limit, batch 32", *["sums, batch 1", "sums, batch 32"] * several, "what helps"]
+    click.echo(f"\n{plans[0].precision}, context {plans[0].max_context:,} (bytes of one device)")
     print_table(columns, rows)
     click.echo("Limits are tokens/s of all sequences together at nominal bandwidth. Details: --target NAME.")
+
+
+def _place(kind: Kind) -> str:
+    if kind is Kind.DRAFT:
+        return "on the first device"
+    return "split" if kind.split else "on every device"
+
+
+def _limit(limit: DecodeLimit) -> str:
+    return f"{limit.tokens_per_second:,.0f}"
+
+
+def _sums(limit: DecodeLimit) -> str:
+    """What devices tell each other in a step."""
+    sent = limit.communication
+    return f"{sent.seconds * 1e3:.2f} ms, {format_bytes(sent.nbytes)}" if sent.calls else "none"
 
 
 def _cache(plan: Plan) -> str:
     per_token = format_bytes(plan.kv_bytes_per_token)
     return f"{plan.tokens:,} tokens in pages of {plan.page_size}, {per_token} a token ({plan.kv_dtype})"
+
+
+def _activations(plan: Plan) -> str:
+    return "as the built engine takes them" if plan.activations_known else "upper estimate of one step"
 
 
 def _sequences(plan: Plan, count: int | None) -> str:

@@ -184,3 +184,14 @@ def test_gpus_without_fp8_are_refused_for_fp8(tmp_path: Path) -> None:
     with pytest.raises(AngelForgeError, match=r"\(Fp8Linear\).*FP8 needs sm_89 or newer, the GPU is sm_80"):
         check_operators(request)
     assert check_operators(replace(request, precision=Precision.BF16)) is None
+
+
+def test_numbers_of_devices_are_compared(full: Path) -> None:
+    """One row each, with what they tell each other; a single one is told in full."""
+    result = run(full, "--target", "h20", "--precision", "fp8", "--tensor-parallel", "1,2,8")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("h20 ")]
+    assert [row[:3] for row in rows] == [["h20", "1", "no"], ["h20", "2", "yes"], ["h20", "8", "yes"]]
+    assert "0.66 ms" in result.stdout
+    assert "sums over devices" in run(full, "--target", "h20", "--precision", "fp8", "--tensor-parallel", "2").stdout
+    assert "numbers of devices" in run(full, "--tensor-parallel", "two").stderr
