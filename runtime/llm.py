@@ -78,9 +78,13 @@ class LLM:
             group=group,
             progress=progress,
         )
-        draft = load_draft(opened, target, engine, threads=threads) if drafting else None
-        tokens = min(max_tokens_per_step, getattr(engine, "max_tokens", max_tokens_per_step))
-        self._start(engine, tokenizer, template, max_batch, tokens, draft, speculate)
+        try:
+            draft = load_draft(opened, target, engine, threads=threads) if drafting else None
+            tokens = min(max_tokens_per_step, getattr(engine, "max_tokens", max_tokens_per_step))
+            self._start(engine, tokenizer, template, max_batch, tokens, draft, speculate)
+        except AngelForgeError:
+            engine.close()  # which lets other ranks go
+            raise
 
     @classmethod
     def from_engine(

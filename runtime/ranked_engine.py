@@ -46,6 +46,8 @@ class RankedEngine:
             raise
         self.config, self.page_size, self.max_context = self.local.config, self.local.page_size, self.local.max_context
         self.num_pages = self.local.num_pages
+        self.max_tokens: int = getattr(self.local, "max_tokens", 2**31)  # of one step
+        self.max_rows: int | None = getattr(self.local, "max_rows", None)  # of logits in one step
 
     def forward(self, batch: Batch) -> Any:
         """As `Engine.forward`, on all ranks. Raises AngelForgeError where the group has ended, always from then on."""

@@ -175,3 +175,16 @@ def test_full_disk_behind_the_output(args: str) -> None:
     assert result.returncode in (1, 120)  # 120: Python could not flush its output at the end
     assert result.stderr.startswith("error: no space left on device. Free some space")
     assert "Traceback" not in result.stderr
+
+
+def test_of_torchruns_processes_the_first_one_speaks(failing: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that all of them meet is told once; exit codes are the same."""
+    monkeypatch.setattr("angelforge.tools.failures._FIRST_SPEAKS", 0.0)
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        result = failing(UsageError("Too many ranks."))
+        assert result.exit_code == 2
+        assert ("Too many ranks." in result.stderr) is told
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert "Too many ranks." in failing(UsageError("Too many ranks.")).stderr
