@@ -65,7 +65,7 @@ def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
         return Tile(m=16, n=GROUP, k=64, stages=5)
     if tokens <= 64:
         return Tile(m=32, n=GROUP, k=64, stages=4)
-    return Tile(m=64, n=GROUP) if tokens <= 256 else Tile(m=128, n=GROUP, warps=8)
+    return Tile(m=64, n=GROUP, k=64, stages=4) if tokens <= 256 else Tile(m=128, n=GROUP, warps=8)
 
 
 KERNEL = Kernel(

@@ -43,8 +43,8 @@ def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     if tokens <= 16:
         return Tile(m=16, n=64, k=32, stages=5)
     if tokens <= 64:
-        return Tile(m=64, n=64, k=32, stages=4)
-    return Tile(m=64, n=64, k=64) if tokens <= 256 else Tile(m=128, n=64, k=64, warps=8)
+        return Tile(m=32, n=64, k=32, stages=4)
+    return Tile(m=64, n=64, k=32, stages=4) if tokens <= 256 else Tile(m=128, n=64, k=64, warps=8)
 
 
 KERNEL = Kernel(

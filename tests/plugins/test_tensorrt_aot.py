@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parents[1]
 H20 = Gpu("sm_90", 78)
 STATIC_SHARED = 48 * 1024  # bytes; whether TensorRT asks for more is not known
+PROFILES = (8, 64, 256, 8192)  # most tokens; the last one is for prompts
 ONNX_NAMES = {"FLOAT": "FLOAT", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN", "INT32": "INT32", "INT64": "INT64"}
 
 
@@ -31,9 +34,9 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {"LD_LIBRARY_PATH": str(empty_tensorrt(folder)), "PYTHONPATH": str(TESTS)}
 
 
-@pytest.fixture(scope="module", params=[("fp8", 64), ("bf16", 64)], ids=lambda params: params[0])
+@pytest.fixture(scope="module", params=[("fp8", *PROFILES), ("bf16", *PROFILES)], ids=lambda params: params[0])
 def driven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What NVIDIA's classes were told of every operator of a precision, in some profiles."""
+    """What NVIDIA's classes were told of every operator of a precision, in every profile."""
     command = [sys.executable, "-m", "support.nvidia_plugins", *map(str, request.param)]
     folder = tmp_path_factory.mktemp("tensorrt")
     result = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
@@ -82,9 +85,11 @@ def test_launches_are_the_kernels(driven: list[dict[str, Any]]) -> None:
 
 
 def test_decode_tiles_fit_in_static_shared_memory(driven: list[dict[str, Any]]) -> None:
+    """In every profile that decodes or verifies drafts; prompts may take more."""
+    assert {row["most_tokens"] for row in driven} == set(PROFILES)
     for row in driven:
-        assert row["most_tokens"] <= 64
-        assert row["steps"][0]["launch"]["shared_mem"] <= STATIC_SHARED, row["operator"]
+        if row["most_tokens"] < PROFILES[-1]:
+            assert row["steps"][0]["launch"]["shared_mem"] <= STATIC_SHARED, (row["operator"], row["most_tokens"])
 
 
 def test_aliased_outputs_are_told(driven: list[dict[str, Any]]) -> None:
@@ -109,16 +114,23 @@ def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> N
         assert "/" not in row["ptx"].replace("//", ""), "a path of this machine"
 
 
-def test_it_assembles(driven: list[dict[str, Any]], tmp_path: Path) -> None:
-    """The cut PTX of every kernel is valid."""
+@cache
+def complaints(ptx: str) -> str:
+    """What ptxas says against a kernel; "" if it takes it. Profiles and precisions share many."""
     import triton
 
-    for row in driven:
-        source = tmp_path / f"{row['entry']}.ptx"
-        source.write_text(row["ptx"])
-        command = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        ptxas = [triton.knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", "--opt-level=0"]  # whether, not how well
+        command = [*ptxas, source, "-o", source.with_suffix(".cubin")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{row['operator']}: {result.stderr}"
+        return result.stderr or "failed" if result.returncode else ""
+
+
+def test_it_assembles(driven: list[dict[str, Any]]) -> None:
+    """The cut PTX of every kernel is valid."""
+    assert {row["operator"]: text for row in driven if (text := complaints(row["ptx"]))} == {}
 
 
 def test_operators_without_a_kernel() -> None:

@@ -230,7 +230,7 @@ def nodes_of(precision: str) -> list[Node]:
     @cache
     def shapes(index: int, tokens: int) -> Any:
         batch = min(tokens, 32)
-        sizes = {"T": tokens, "B": batch, "B+1": batch + 1, "P": 512, "pages": 4000, "R": batch}
+        sizes = {"T": tokens, "B": batch, "B+1": batch + 1, "P": 512, "pages": 4000, "R": min(tokens, 128)}
         return concrete_shapes(models[index], sizes)
 
     found: dict[str, Node] = {}

@@ -82,7 +82,7 @@ def candidates(operator: str, tile: Tile) -> Iterator[Tile]:
 
 def usable(code: Code, profile: str) -> bool:
     """Whether a compiled tile may be used in a profile: no spills, no scratch, shared memory within its limit."""
-    limit = STATIC_SHARED if profile in ("8", "64") else MOST_SHARED
+    limit = MOST_SHARED if profile == "prefill" else STATIC_SHARED
     return not code.problem and code.spills == 0 and code.shared <= limit
 
 

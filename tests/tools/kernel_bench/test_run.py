@@ -170,7 +170,8 @@ def test_tiles_that_spill_or_are_too_large_are_not_used() -> None:
     assert usable(GOOD, "8")
     assert not usable(replace(GOOD, spills=1), "8")
     assert not usable(replace(GOOD, problem="no"), "8")
-    assert usable(replace(GOOD, shared=49152), "64") and not usable(replace(GOOD, shared=49153), "64")
+    for profile in ("8", "64", "256"):
+        assert usable(replace(GOOD, shared=49152), profile) and not usable(replace(GOOD, shared=49153), profile)
     assert usable(replace(GOOD, shared=227 * 1024), "prefill")
     assert not usable(replace(GOOD, shared=228 * 1024), "prefill")
 
