@@ -66,10 +66,10 @@ def candidates_on_device(logits: torch.Tensor, places: Sequence[Place]) -> list[
         x = adjusted_rows(logits, [place.row for place in chosen], chosen)
         rules = [place.params for place in chosen]
         found = candidates_of(to_host(largest_of(x, rules)), rules, x.shape[1])
-        for i, ids, weights, finite, decided in zip(
-            narrow, found.ids, found.weights, found.finite, found.decided, strict=True
+        for i, ids, weights, count, decided in zip(
+            narrow, found.ids, found.weights, found.count, found.decided, strict=True
         ):
-            if not finite:
+            if count == 0:
                 known[i] = np.empty(0, np.int64), np.empty(0, np.float64)
             elif decided:
                 kept = weights > 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from angelforge.runtime.sampling import SamplingParams
 
 MOST = 1024  # top-k up to here, and as many are looked at for top-p and min-p
+_SMALLEST_DIVISOR = 1e-30  # as in distribution.py
 _TIES = 12  # more than top-k: those that tie with the last are candidates, too
 
 
@@ -30,7 +31,7 @@ class Candidates:
 
     ids: Int64  # [n, W]
     weights: Float64  # [n, W] relative to the best token's 1; 0 for what cannot come
-    finite: Bool  # [n] whether anything can
+    count: Int64  # [n] of the candidates, those included whose weight is too small for a number; 0: nothing can come
     decided: Bool  # [n] False where the candidates may go on beyond the W largest
 
 
@@ -45,12 +46,12 @@ def largest_of(x: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
 
     The W largest logits, the bits of their ids, and where a row has no top-k those of its weights' sum, an f64.
     """
-    wide, width = _looked_at(params, x.shape[1])
-    top = x.topk(width)
+    rules = _Rules.of(params, x.shape[1])
+    top = x.topk(rules.width)
     columns = [top.values, top.indices.int().view(torch.float32)]
-    if wide.any():
+    if rules.any_wide:
         packed = Packed(x.device)
-        packed.add("divisors", _divisors(params))
+        packed.add("divisors", rules.divisors)
         packed.send()
         sums = ((x - top.values[:, :1]) / packed["divisors"]).exp().sum(1, keepdim=True, dtype=torch.float64)
         columns.append(sums.view(torch.float32))
@@ -59,27 +60,28 @@ def largest_of(x: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
 
 def candidates_of(table: Float32, params: Sequence[SamplingParams], vocab: int) -> Candidates:
     """What can come next in each row; `table` is what `largest_of` made of them, on the host."""
-    wide, width = _looked_at(params, vocab)
+    rules = _Rules.of(params, vocab)
+    width, every = rules.width, np.arange(len(params))
     values, ids = table[:, :width], table[:, width : 2 * width].view(np.int32).astype(np.int64)
     finite = np.isfinite(values[:, 0])  # NaN counts as the largest
     values, ids = _in_order(values, ids)
+    last = values[every, rules.top_k - 1]
+    kept = values >= last[:, None]  # ties with the last included
     # Invalid: rows without a finite largest logit. Over: a tiny temperature makes distances infinite, as it should.
     with np.errstate(invalid="ignore", over="ignore"):
-        weights = np.exp((values - values[:, :1]) / _divisors(params)).astype(np.float64)
-    greedy = np.array([each.greedy for each in params])
-    top_k = np.array([1 if each.greedy else each.top_k or width for each in params]).clip(max=width)
-    last = values[np.arange(len(params)), top_k - 1]
-    among = np.where(wide[:, None], True, values >= last[:, None])  # ties with the last included
-    among[greedy] = np.arange(width) == 0
-    weights = np.where(among, weights, 0.0)
-    reaches = values[:, -1] == last  # what ties with the last may go on
+        weights = np.exp((values - values[:, :1]) / rules.divisors).astype(np.float64)
+    weights[~kept] = 0.0
     total = weights.sum(1)
-    if wide.any():
-        total = np.where(wide, np.ascontiguousarray(table[:, 2 * width :]).view(np.float64)[:, 0], total)
-    kept, open_end = _kept(values, weights, total, params)
-    undecided = np.where(wide, open_end, reaches)
-    decided = (width == vocab) | ~finite | ~undecided
-    return Candidates(ids, np.where(kept, weights, 0.0), finite, decided)
+    undecided = values[:, -1] == last  # what ties with the last may go on
+    if rules.any_wide:
+        total = np.where(rules.wide, np.ascontiguousarray(table[:, 2 * width :]).view(np.float64)[:, 0], total)
+    ended = _keep_likely(kept, values, weights, total, rules)
+    undecided = np.where(rules.wide, ~ended, undecided)
+    if rules.greedy.any():
+        kept[rules.greedy] = np.arange(width) == 0
+    weights[~kept] = 0.0
+    count = np.where(finite, kept.sum(1), 0)
+    return Candidates(ids, weights, count, (width == vocab) | ~finite | ~undecided)
 
 
 def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
@@ -87,47 +89,68 @@ def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
 
     A request draws a number from its own generator where there is a choice, and its row is decided.
     """
-    weights = np.where(found.finite[:, None], found.weights, 0.0)
-    choice = (np.count_nonzero(weights, axis=1) > 1) & found.decided
+    choice = ((found.count > 1) & found.decided).tolist()
     uniform = np.array([asked.rng.random() if wanted else 0.0 for asked, wanted in zip(requests, choice, strict=True)])
-    with np.errstate(invalid="ignore"):  # rows without weights
-        sums = np.cumsum(weights / weights.sum(1, keepdims=True), 1)
-    places = (sums <= (uniform * sums[:, -1])[:, None]).sum(1).clip(max=weights.shape[1] - 1)
-    return np.where(found.finite, found.ids[np.arange(len(places)), places], -1)
+    with np.errstate(invalid="ignore"):  # rows where nothing can come
+        sums = np.cumsum(found.weights / found.weights.sum(1, keepdims=True), 1)
+        places = (sums <= (uniform * sums[:, -1])[:, None]).sum(1).clip(max=sums.shape[1] - 1)
+    return np.where(found.count > 0, found.ids[np.arange(len(places)), places], -1)
 
 
-def _kept(values: Float32, weights: Float64, total: Float64, params: Sequence[SamplingParams]) -> tuple[Bool, Bool]:
-    """What top-p and min-p keep [n, W], and for rows without top-k whether that may go on behind the last [n]."""
-    top_p = np.array([1.0 if each.greedy else each.top_p for each in params])
-    min_p = np.array([0.0 if each.greedy else each.min_p for each in params])
-    kept = np.ones(values.shape, bool)
-    nucleus = top_p < 1
-    ends = np.zeros(len(params), bool)
+@dataclass(frozen=True, eq=False)
+class _Rules:
+    """Rules of n rows as arrays."""
+
+    width: int  # W, logits that are looked at in every row
+    greedy: Bool  # [n]; the other rules of such a row keep everything
+    divisors: Float32  # [n, 1] the temperatures
+    top_k: Int64  # [n]
+    top_p: Float64  # [n]
+    min_p: Float64  # [n]
+    wide: Bool  # [n] whether there is no top-k
+    any_wide: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab: int) -> _Rules:
+        rows = [
+            (1.0, 1, 1.0, 0.0)
+            if each.greedy
+            else (each.temperature, each.top_k if each.top_k < vocab else 0, each.top_p, each.min_p)
+            for each in params
+        ]
+        temperature, top_k, top_p, min_p = np.array(rows, np.float64).T
+        wide = top_k == 0
+        any_wide = bool(wide.any())
+        width = min(max(int(top_k.max()) + _TIES, MOST if any_wide else 1), vocab)
+        return cls(
+            width=width,
+            greedy=np.array([each.greedy for each in params]),
+            divisors=np.maximum(temperature, _SMALLEST_DIVISOR).astype(np.float32)[:, None],
+            top_k=np.where(wide, width, top_k).astype(np.int64),
+            top_p=top_p,
+            min_p=min_p,
+            wide=wide,
+            any_wide=any_wide,
+        )
+
+
+def _keep_likely(kept: Bool, values: Float32, weights: Float64, total: Float64, rules: _Rules) -> Bool:
+    """Takes from `kept` [n, W] what top-p and min-p leave out; whether either says where the candidates end [n]."""
+    ended = np.zeros(len(kept), bool)
+    nucleus = rules.top_p < 1
     if nucleus.any():
-        wanted = (top_p * total)[:, None]
+        wanted = (rules.top_p * total)[:, None]
         sums = np.cumsum(weights, 1)
-        kept[:, 1:] = (sums[:, :-1] < wanted) | ~nucleus[:, None]
-        # Ties at the end: those with the lowest ids are kept, of all that there are.
-        count = kept.sum(1)
-        edge = values[np.arange(len(params)), count - 1]
-        ends |= nucleus & (sums[:, -1] >= wanted[:, 0]) & (values[:, -1] != edge)
-    if (min_p > 0).any():
-        kept &= (weights >= min_p[:, None]) | (min_p == 0)[:, None]
-        ends |= (min_p > 0) & (weights[:, -1] < min_p)
-    return kept, ~ends
-
-
-def _looked_at(params: Sequence[SamplingParams], vocab: int) -> tuple[Bool, int]:
-    """Which rows have no top-k, and the number W of logits that are looked at in every row."""
-    wide = [not (each.greedy or 0 < each.top_k < vocab) for each in params]
-    narrow = max(1 if each.greedy or each.top_k >= vocab else each.top_k for each in params) + _TIES
-    return np.array(wide), min(max(narrow, MOST) if any(wide) else narrow, vocab)
-
-
-def _divisors(params: Sequence[SamplingParams]) -> Float32:
-    """The temperatures f32 [n, 1]; greedy rows have 1, as only their largest counts."""
-    values = [1.0 if each.greedy else each.temperature for each in params]
-    return np.maximum(np.array(values, np.float64), 1e-30).astype(np.float32)[:, None]
+        inside = (sums[:, :-1] < wanted) | ~nucleus[:, None]
+        # Of ties at the end those with the lowest ids are kept: all of them must have been seen.
+        edge = values[np.arange(len(kept)), inside.sum(1)]
+        ended |= nucleus & (sums[:, -1] >= wanted[:, 0]) & (values[:, -1] != edge)
+        kept[:, 1:] &= inside
+    floor = rules.min_p > 0
+    if floor.any():
+        kept &= (weights >= rules.min_p[:, None]) | ~floor[:, None]
+        ended |= floor & (weights[:, -1] < rules.min_p)
+    return ended
 
 
 def _in_order(values: Float32, ids: Int64) -> tuple[Float32, Int64]:
