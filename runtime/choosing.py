@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Int64
 from angelforge.runtime.distribution import Float64
-from angelforge.runtime.logprobs import row_logprobs
+from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
 from angelforge.runtime.request import Request
 from angelforge.runtime.sampler import draw as draw_from
 from angelforge.runtime.sampler import is_argmax, sample
@@ -25,6 +27,19 @@ _NO_TOKEN = (
 
 Draw = Callable[[Any, Sequence[Request]], Int64]
 Candidates = tuple[Int64, Float64]  # ids and their probabilities
+
+
+@dataclass(slots=True)
+class _Made:
+    """What a step of the engine made, and what is known of it."""
+
+    logits: Any
+    speculator: Speculator | None
+    told: Mapping[int, TokenLogprob]  # by row, of rows on a device whose token is known
+
+    def logprob(self, row: int, token: int, count: int) -> TokenLogprob:
+        """Of `token` by a row, with the `count` likeliest."""
+        return self.told.get(row) or row_logprobs(self.logits[row : row + 1], [token], count)[0]
 
 
 def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator | None, draw: Draw = sample) -> None:
@@ -51,15 +66,35 @@ def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator
             count = 1 + len(scheduled.proposed)
             rows += range(first, first + count)
             drawing += [scheduled.request] * count
-    if rows:
-        tokens = iter(draw(logits if len(rows) == begin else logits[rows], drawing).tolist())
+    tokens = draw(logits if len(rows) == begin else logits[rows], drawing).tolist() if rows else []
+    made = _Made(logits, speculator, _logprobs_on_device(logits, rows, tokens, drawing))
+    following = iter(tokens)
     known = _candidates_on_device(logits, [one for one in chosen if not _is_plain(one[0])])
     for scheduled, first in chosen:
         if _is_plain(scheduled):
-            following = [next(tokens) for _ in range(1 + len(scheduled.proposed))]
-            _accept_run(scheduled, following, logits, first, speculator)
+            _accept_run(scheduled, list(islice(following, 1 + len(scheduled.proposed))), made, first)
         else:
-            _judge_run(scheduled, logits, first, speculator, known.get(first))
+            _judge_run(scheduled, made, first, known.get(first))
+
+
+def _logprobs_on_device(
+    logits: Any, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[Request]
+) -> dict[int, TokenLogprob]:
+    """By row: the logprobs that requests ask for, from logits on a device, as one piece of work for each number asked.
+
+    Rows without a token are left out.
+    """
+    if isinstance(logits, np.ndarray):
+        return {}  # nothing is gained before it is known which rows count
+    asked: dict[int, list[tuple[int, int]]] = {}
+    for row, token, request in zip(rows, tokens, requests, strict=True):
+        if request.params.logprobs is not None and token >= 0:
+            asked.setdefault(request.params.logprobs, []).append((row, token))
+    told: dict[int, TokenLogprob] = {}
+    for count, pairs in asked.items():
+        places, chosen = [row for row, _ in pairs], [token for _, token in pairs]
+        told.update(zip(places, row_logprobs(logits[places], chosen, count), strict=True))
+    return told
 
 
 def _candidates_on_device(logits: Any, judged: Sequence[tuple[Scheduled, int]]) -> dict[int, list[Candidates]]:
@@ -90,56 +125,50 @@ def _score(scheduled: Scheduled, logits: Any) -> None:
         request.end("error", str(error))
 
 
-def _accept_run(
-    scheduled: Scheduled, tokens: list[int], logits: Any, first: int, speculator: Speculator | None
-) -> None:
+def _accept_run(scheduled: Scheduled, tokens: Sequence[int], made: _Made, first: int) -> None:
     """The tokens of a request's rows as far as its proposals agree with them."""
     for place, token in enumerate(tokens):
         passed = place < len(scheduled.proposed) and token == scheduled.proposed[place]
-        if not _accept(scheduled, place, token, passed, logits, first, speculator):
+        if not _accept(scheduled, place, token, passed, made, first):
             return
 
 
-def _judge_run(
-    scheduled: Scheduled, logits: Any, first: int, speculator: Speculator | None, known: Sequence[Candidates] | None
-) -> None:
+def _judge_run(scheduled: Scheduled, made: _Made, first: int, known: Sequence[Candidates] | None) -> None:
     """The proposals in their order as far as the target lets them pass, and then a token of its own.
 
     `known` are the candidates at each place, where the logits are on a device.
     """
-    assert speculator is not None
-    request = scheduled.request
+    assert made.speculator is not None
+    request, logits = scheduled.request, made.logits
     for place, proposal in enumerate(scheduled.proposed):
-        shares = speculator.shares(request, place)
+        shares = made.speculator.shares(request, place)
         if known is None:
             token = judge(logits[first + place], request, proposal, shares)
         else:
             token = judge_among(*known[place], request, proposal, shares)
-        if not _accept(scheduled, place, token, token == proposal, logits, first, speculator):
+        if not _accept(scheduled, place, token, token == proposal, made, first):
             return
     place = len(scheduled.proposed)
     if known is None:
         token = int(sample(logits[first + place : first + place + 1], [request])[0])
     else:
         token = draw_from(*known[place], request.rng) if known[place][0].shape[0] else -1
-    _accept(scheduled, place, token, False, logits, first, speculator)
+    _accept(scheduled, place, token, False, made, first)
 
 
-def _accept(
-    scheduled: Scheduled, place: int, token: int, passed: bool, logits: Any, first: int, speculator: Speculator | None
-) -> bool:
+def _accept(scheduled: Scheduled, place: int, token: int, passed: bool, made: _Made, first: int) -> bool:
     """Takes the token at `place` of a run whose rows begin at `first`; whether the next place counts."""
     request = scheduled.request
     if place < len(scheduled.proposed):
-        assert speculator is not None
-        speculator.judged(request, place, passed)
+        assert made.speculator is not None
+        made.speculator.judged(request, place, passed)
         request.computed += passed
     if token < 0:
         request.end("error", _NO_TOKEN)
         return False
-    count, row = request.params.logprobs, first + place
+    count = request.params.logprobs
     try:
-        request.accept(token, None if count is None else row_logprobs(logits[row : row + 1], [token], count)[0])
+        request.accept(token, None if count is None else made.logprob(first + place, token, count))
     except AngelForgeError as error:  # of a constraint
         request.end("error", str(error))
     return passed and not request.finished

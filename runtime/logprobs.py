@@ -27,8 +27,9 @@ def row_logprobs(logits: Any, tokens: Sequence[int], count: int) -> list[TokenLo
 
     Raises AngelForgeError where a row's logits are not finite numbers.
     """
-    one = _from_array if isinstance(logits, np.ndarray) else _from_tensor
-    return [one(logits[row], token, count) for row, token in enumerate(tokens)]
+    if isinstance(logits, np.ndarray):
+        return [_from_array(logits[row], token, count) for row, token in enumerate(tokens)]
+    return _from_tensor(logits, tokens, count) if tokens else []
 
 
 def _from_array(logits: Float32, token: int, count: int) -> TokenLogprob:
@@ -41,13 +42,20 @@ def _from_array(logits: Float32, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(logits[token]) - total, tuple((i, float(logits[i]) - total) for i in ids))
 
 
-def _from_tensor(logits: Any, token: int, count: int) -> TokenLogprob:
-    """The same where the row lies: a few numbers come to the host."""
-    total = float(logits.double().logsumexp(0))
-    _require_finite(total)
-    values, ids = logits.topk(count)
-    top = zip(ids.tolist(), values.tolist(), strict=True)
-    return TokenLogprob(token, float(logits[token]) - total, tuple((i, value - total) for i, value in top))
+def _from_tensor(logits: Any, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """The same where the rows lie: a few numbers of each come to the host."""
+    import torch
+
+    places = torch.tensor(tokens, device=logits.device)
+    values, ids = logits.topk(count, 1)
+    totals, own = logits.logsumexp(1), logits.gather(1, places[:, None])
+    each = zip(tokens, totals.tolist(), own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    found = []
+    for token, total, (value,), top, largest in each:
+        _require_finite(total)
+        pairs = tuple((place, one - total) for place, one in zip(top, largest, strict=True))
+        found.append(TokenLogprob(token, value - total, pairs))
+    return found
 
 
 def _require_finite(total: float) -> None:

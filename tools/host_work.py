@@ -127,7 +127,8 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
             seed=index,
             stop=("\n\nUser:", "###", "</answer>"),
         )
-        stepper.add(llm.make_request(rng.integers(256, VOCAB - 1, prompt), params, outbox, index=index))
+        ids = rng.integers(256, VOCAB - 1, prompt).tolist()
+        stepper.add(llm.make_request(ids, params, outbox, index=index))
     while stepper.scheduler.waiting or any(request.computed < prompt for request in stepper.scheduler.running):
         stepper.step()
     for _ in range(20):

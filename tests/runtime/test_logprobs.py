@@ -49,6 +49,23 @@ def test_outputs_tell_the_raw_logprobs_of_their_tokens(depth, params):
     assert output.prompt_logprobs is None
 
 
+@pytest.mark.parametrize("depth", [0, 3])
+def test_logits_on_a_device_tell_the_same(depth):
+    prompts, params = [[5, 6, 7], [8], [9] * 5], [*PARAMS[:2], SamplingParams(max_tokens=5, prompt_logprobs=1)]
+    wanted = load(depth).generate(prompts, params)
+    llm = load(depth)
+    forward = llm._engine.forward
+    llm._engine.forward = lambda batch: torch.from_numpy(forward(batch))
+    for found, output in zip(llm.generate(prompts, params), wanted, strict=True):
+        assert found.token_ids == output.token_ids
+        for name in ("logprobs", "prompt_logprobs"):
+            for one, other in zip(getattr(found, name) or (), getattr(output, name) or (), strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+                    assert [place for place, _ in one.top] == [place for place, _ in other.top]
+
+
 @pytest.mark.parametrize(("depth", "step"), [(0, 64), (0, 5), (2, 32)])
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_prompts_are_scored_in_whole_or_in_pieces(depth, step, count):
