@@ -153,17 +153,19 @@ class Service:
 
     def _run(self) -> None:
         calls: dict[Call, None] = {}
-        error = _ENDED  # unless the loop below is left in order, this is a bug or a lack of memory: Python tells it
         try:
             while self._take(calls):
                 self._step(calls)
-            error = _STOPPED
+            for call in calls:
+                self._end(call, _STOPPED)
         finally:
             with self._wake:
                 self._ended = True
                 calls.update((call, None) for call, _, adding in self._inbox if adding)
-            for call in calls:
-                self._end(call, error)
+            # Only after a bug or a lack of memory, which Python tells, is anything open here: what the stepper thinks
+            # of it is not to be trusted any more.
+            for request in (request for call in calls for request in call.requests):
+                request.end("error", _ENDED)
             self._publish(calls, [])
 
     def _take(self, calls: dict[Call, None]) -> bool:
@@ -193,10 +195,9 @@ class Service:
                 request.end("error", str(error))
 
     def _end(self, call: Call, error: str | None) -> None:
-        if error == _STOPPED:
-            call.fault = "stopped"
         for request in call.requests:
             if not request.finished:
+                call.fault = "stopped" if error == _STOPPED else call.fault
                 self.llm.stepper.end(request, error)
 
     def _step(self, calls: dict[Call, None]) -> None:
@@ -212,8 +213,9 @@ class Service:
         """Collects what the calls' requests have put out and sends it to the event loop at once."""
         news = [(call, call.collect()) for call in calls if call.outbox]
         if steps:
-            failed = [delta.output is not None and delta.output.error is not None for _, ds in news for delta in ds]
-            self._failures = self._failures + 1 if failed and all(failed) else 0
+            outputs = [delta.output for call, deltas in news if call.fault is None for delta in deltas]
+            failed = len(outputs) > 0 and all(output is not None and output.error is not None for output in outputs)
+            self._failures = self._failures + 1 if failed else 0
         for call, _ in news:
             if all(request.finished for request in call.requests):
                 del calls[call]

@@ -16,6 +16,7 @@ from angelforge.runtime.llm import LLM
 from angelforge.runtime.server.app import create_app
 from angelforge.runtime.server.options import ServerOptions
 
+_KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
 _AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut
 
 
@@ -31,6 +32,8 @@ class Server(uvicorn.Server):
             access_log=False,  # a log of requests is the proxy's; nothing here writes what is asked or answered
             timeout_graceful_shutdown=int(options.drain_seconds) + _AFTER_DRAINING,
             server_header=False,
+            ws="none",
+            timeout_keep_alive=_KEEP_ALIVE,
         )
         super().__init__(config)
         self._options = options
