@@ -18,7 +18,7 @@ from angelforge.precision import Precision
 from angelforge.runtime.batch import Batch
 from angelforge.targets import Backend, Target
 
-PROMPT, PAGES, CONTEXT = 100, 9, 512
+PROMPT, PAGES, CONTEXT = 300, 9, 512  # more tokens than the largest decode profile has
 # Norm of the difference over the norm: bf16 rounding through a random model of four layers stays well below.
 TOLERANCE = 0.1
 
@@ -97,7 +97,7 @@ def engine(folder: Path, precision: Precision, backend: Backend, plugins: Any) -
     bundle = small_bundle(folder, precision)
     target = this_gpu(backend)
     begin = perf_counter()
-    options = BuildOptions(max_tokens=256, max_batch=4, pages=PAGES, plugins=plugins)
+    options = BuildOptions(max_tokens=512, max_batch=4, pages=PAGES, plugins=plugins)
     manifest = build_tensorrt(bundle, target, options, lambda phase, share: None)
     built = f"built in {perf_counter() - begin:.1f} s, {manifest.engine_bytes / 1e6:.2f} MB"
     library = library_of(target)
@@ -139,7 +139,7 @@ def runtime(folder: Path, backend: Backend, plugins: Any) -> str:
     from angelforge.tools.deep_runtime import runner_of, step_microseconds
 
     bundle, target = small_bundle(folder, Precision.BF16), this_gpu(backend)
-    options = BuildOptions(max_tokens=256, max_batch=4, pages=PAGES, plugins=plugins)
+    options = BuildOptions(max_tokens=512, max_batch=4, pages=PAGES, plugins=plugins)
     build_tensorrt(bundle, target, options, lambda phase, share: None)
     loaded = load_tensorrt(bundle, target, Wish(num_pages=PAGES, max_batch=4))
     try:

@@ -2,15 +2,16 @@
 
 A sequence's keys are cut into parts of fixed length. A part's result stands by itself (`step`, `finished`), and parts
 are joined in order (`shares`), whether in registers or by AttentionMerge from memory: a token's result does not depend
-on the way. Multiplications that feed an addition are written as `fma`: left to the compiler, they would be fused in one
-kernel and not in the other.
+on the way (prompts in `tall` tiles, below, are the exception: they have no parts). Multiplications that feed an
+addition are written as `fma`: left to the compiler, they would be fused in one kernel and not in the other.
 
 Maxima and sums are in units of log2 (exp2 is an instruction); a maximum starts at a finite value, so that rows without
 a visible key give 0 and never NaN (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
 
 Query rows stand on axis 0 of a `tall` tile, [rows, keys] and [rows, head_dim], else on axis 1, [keys, rows] and
 [head_dim, rows]: the tensor core takes 64 on its first axis and as little as 8 on its second, and in decoding rows are
-few. Both multiply bf16 operands and add in f32, over head_dim and keys in order.
+few. Both multiply bf16 operands and add in f32, but in other instructions, and sums over keys go over other threads:
+results of the two differ in the last bits.
 """
 
 import triton

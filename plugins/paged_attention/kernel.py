@@ -2,9 +2,14 @@
 
 A sequence with few tokens is cut into parts of `split_length` keys (Flash-Decoding): pieces of equal size, so that one
 sequence of 128K keys beside many short ones keeps every SM busy. A longer chunk of tokens is cut into tiles of query
-rows, each over all of its visible keys, part by part in the same arithmetic (`device.attention`): a token's result does
-not depend on which way its sequence goes. A row is one query head of one token; the rows of a tile share a key/value
+rows, each over all of its visible keys. A row is one query head of one token; the rows of a tile share a key/value
 head.
+
+Decoding, verification and chunks in the profiles of up to 256 tokens have one arithmetic, part by part
+(`device.attention`): a token's result does not depend on which of these ways its sequence goes. Chunks of more than
+`split_queries` tokens in the profile of prompts (kind LONG) have another: query rows on the tensor core's wide side,
+64 keys a step, no parts. That is the same for every cut of a prompt into such chunks, but not the same to the last bits
+as decoding.
 """
 
 from collections.abc import Mapping
@@ -24,7 +29,7 @@ _KEYS = 32  # of a tile: two tiles of keys and values in shared memory fit in 48
 _ROWS = 32  # query rows of a piece when draft tokens are verified
 
 # Kinds of pieces: of parts with few query rows (plain decoding) and with more (verification); of all keys of a sequence
-# that is short but not left in parts, and of a chunk of a prompt.
+# that is short but not left in parts, and of a chunk of a prompt, the only ones that are not joined by parts.
 FEW, MORE, SHORT, LONG = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 

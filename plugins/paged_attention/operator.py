@@ -10,7 +10,7 @@ from onnxscript import OpBuilder
 from angelforge.plugins.body import FLOAT, INT32, f32, for_each_sequence, i64, integer, rows, size, subgraph
 from angelforge.plugins.operator import Attribute, AttributeRef, Operator, Port
 
-# Keys of one part of a sequence that thread blocks share. Fixed, so that a sequence's result does not depend on what
+# Keys of one part of a sequence that thread blocks share. Fixed, so that a decoded token does not depend on what
 # else runs; short enough to keep a GPU busy with one sequence, long enough for the parts to stay in its L2 cache.
 SPLIT_LENGTH = 256
 # Most tokens of a sequence that is left in parts: decoding and draft verification; longer chunks fill a GPU anyway.

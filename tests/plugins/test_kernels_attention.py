@@ -183,6 +183,34 @@ def test_a_sequence_without_room_for_its_parts(tile: Tile) -> None:
     np.testing.assert_allclose(merged[0], merged[3], rtol=0, atol=2.5e-7)
 
 
+def _last_row(call: Call, tile: Tile, like: Inputs | None) -> tuple[np.ndarray, Inputs]:
+    """(bits of the last token's row, the inputs), products added in order; cache and query of `like` where given."""
+    inputs = attention_inputs(call, Shape(heads=8, kv_heads=1, dtype=BF16))
+    if like is not None:
+        inputs.kv_cache[:], inputs.page_table[:], inputs.query[-1] = like.kv_cache, like.page_table, like.query[-1]
+    tensors = [to_torch(array) for array in inputs.arrays()]
+    attributes = {"scale": 0.25, "split_length": SPLIT, "split_queries": QUERIES}
+    parts = run_interpreted(KERNEL, tensors, attributes, gpu=FEW_SMS, tile=tile, ordered=True)
+    merging = [*parts, *tensors[3:5]]
+    (attended,) = run_interpreted(MERGE, merging, {"split_length": SPLIT}, gpu=FEW_SMS, tile=MERGING, ordered=True)
+    return to_numpy(attended)[-1].view(np.uint16), inputs
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile"),
+    [(1, PROMPT), (3, DECODE), (3, PROMPT), (20, DECODE)],
+    ids=["decoded in the profile of prompts", "verified", "verified beside prompts", "in a small chunk"],
+)
+def test_decoding_verification_and_small_chunks_give_the_same_bits(tokens: int, tile: Tile) -> None:
+    """A token's row over one cache, whatever came with it in the step; 10 parts of keys, the last one not full.
+
+    Prompts in the profile of prompts are left out: they have another arithmetic (docs/operators.md).
+    """
+    decoded, inputs = _last_row(Call(((299, 1),)), DECODE, None)
+    found, _ = _last_row(Call(((300 - tokens, tokens),)), tile, inputs)
+    np.testing.assert_array_equal(found, decoded)
+
+
 def test_more_sequences_than_are_listed_at_once() -> None:
     """Rows and pieces go on over chunks of sequences, empty ones among them."""
     shape = Shape(heads=2, kv_heads=1)
