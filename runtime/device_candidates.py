@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from angelforge.runtime.batch import Float32, Int64
+from angelforge.runtime.batch import Int64
 from angelforge.runtime.device import to_host
 from angelforge.runtime.device_adjusting import adjusted_rows
 from angelforge.runtime.device_largest import candidates_of, is_narrow, largest_of
 from angelforge.runtime.distribution import Float64, candidates
+from angelforge.runtime.history import Seen
 
 if TYPE_CHECKING:
     from angelforge.runtime.sampler import Drawing
     from angelforge.runtime.sampling import SamplingParams
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A history as it stands at one place."""
-
-    ids: Int64
-    counts: Float32
 
 
 @dataclass(frozen=True, eq=False)

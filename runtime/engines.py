@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
-from angelforge.runtime.batch import Batch, Float32, Int64
+from angelforge.runtime.batch import Batch, Int64
 from angelforge.runtime.memory import cpu_pages
 from angelforge.targets import get_target
 
@@ -52,8 +52,8 @@ class DraftEngine(Protocol):
     def extend(self, batch: Batch) -> Int64:
         """The same on the first T states of those that this draft's last call handed on (one for each of its R)."""
 
-    def logits(self) -> Float32:
-        """Logits f32 [R, draft vocabulary] of the last call; valid until the next."""
+    def logits(self) -> Any:
+        """Logits f32 [R, draft vocabulary] of the last call, as `Engine.forward` gives them; valid until the next."""
 
     def close(self) -> None:
         """Frees memory and device; the engine cannot be used after."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,14 @@ class Counted(Protocol):
     @property
     def counts(self) -> Float32:
         """f32 [n] how often each of `ids` is in the output; 0 for those that only the prompt has."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A history as it stands at one place of a chain."""
+
+    ids: Int64
+    counts: Float32
 
 
 class History:

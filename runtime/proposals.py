@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from angelforge.runtime.batch import Bool, Float32, Int64
-from angelforge.runtime.distribution import adjust, choices
+from angelforge.runtime.distribution import Float64, adjust, choices
 from angelforge.runtime.engines import DraftEngine
-from angelforge.runtime.history import History
+from angelforge.runtime.history import History, Seen
 from angelforge.runtime.sampler import Drawing, draw, is_argmax
 from angelforge.runtime.verification import Shares
-
-
-@dataclass(frozen=True, eq=False)
-class _Named:
-    """A history in the draft's numbering."""
-
-    ids: Int64
-    counts: Float32
 
 
 class Proposer:
@@ -31,20 +24,50 @@ class Proposer:
         self._names = np.full(int(vocabulary.max()) + 1, -1)  # draft token of each target id, −1 for none
         self._names[vocabulary] = np.arange(vocabulary.shape[0])
 
-    def choose(self, row: int, likeliest: int, request: Drawing, chain: list[int]) -> tuple[int, Shares | None]:
-        """A token for the last call's row, and the distribution it was drawn from (None: it is the greedy choice).
+    def choose_all(
+        self, likeliest: Int64, asked: Sequence[tuple[Drawing, list[int]]]
+    ) -> list[tuple[int, Shares | None]]:
+        """For each row of the draft's last call a token, and the distribution it was drawn from (None: it is greedy).
 
-        `likeliest` is the draft's first choice; prompt, output and `chain` stand before the token.
+        `likeliest` int64 [≥ n] are the draft's first choices; `asked` are the rows' requests and the chains that stand
+        between their outputs and the token. Raises AngelForgeError if the draft's engine fails.
         """
-        if is_argmax(request):
+        ruled = [row for row, (request, _) in enumerate(asked) if not is_argmax(request)]
+        candidates = dict(zip(ruled, self._candidates(ruled, asked), strict=True)) if ruled else {}
+        chosen: list[tuple[int, Shares | None]] = [(int(token), None) for token in likeliest[: len(asked)]]
+        for row, found in candidates.items():
+            chosen[row] = self._choose(chosen[row][0], asked[row][0], found)
+        return chosen
+
+    def _choose(self, likeliest: int, request: Drawing, found: tuple[Int64, Float64]) -> tuple[int, Shares | None]:
+        names, probabilities = found
+        if names.shape[0] == 0:  # no finite logits: any token will do, for the target checks it
             return likeliest, None
-        found, probabilities = choices(self._adjusted(self._draft.logits()[row], request, chain), request.params)
-        if found.shape[0] == 0:  # no finite logits: any token will do, for the target checks it
-            return likeliest, None
-        ids = self._draft.vocabulary[found]
+        ids = self._draft.vocabulary[names]
         if request.params.greedy:
             return int(ids[0]), None
         return draw(ids, probabilities, request.rng), Shares(ids, probabilities)
+
+    def _candidates(
+        self, rows: Sequence[int], asked: Sequence[tuple[Drawing, list[int]]]
+    ) -> list[tuple[Int64, Float64]]:
+        """The draft's tokens that can come in some rows, and their probabilities; where its logits are."""
+        logits = self._draft.logits()
+        if isinstance(logits, np.ndarray):
+            return [choices(self._adjusted(logits[row], *asked[row]), asked[row][0].params) for row in rows]
+        from angelforge.runtime.device_candidates import Place, candidates_on_device  # needs torch
+
+        places = []
+        for row in rows:
+            request, chain = asked[row]
+            params, history = request.params, request.history
+            if params.logit_bias:
+                known, names = self._names_of(params.bias.ids)
+                values = params.bias.values_f32[known]
+                params = replace(params, logit_bias=dict(zip(names.tolist(), values.tolist(), strict=True)))
+            seen = None if history is None else self._named(history, chain)
+            places.append(Place(row, params, seen, request.rng))
+        return candidates_on_device(logits, places)
 
     def _adjusted(self, logits: Float32, request: Drawing, chain: list[int]) -> Float32:
         """The draft's logits after bias and penalties, of what the chain says too."""
@@ -57,11 +80,11 @@ class Proposer:
         adjust(changed, params, names, params.bias.values_f32[known], seen)
         return changed
 
-    def _named(self, history: History, chain: list[int]) -> _Named:
+    def _named(self, history: History, chain: list[int]) -> Seen:
         for token in chain:
             history.add(token)
         known, names = self._names_of(history.ids)
-        seen = _Named(names, history.counts[known])
+        seen = Seen(names, history.counts[known])
         for token in reversed(chain):
             history.take_back(token)
         return seen

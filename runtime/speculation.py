@@ -98,10 +98,9 @@ class Speculator:
         likeliest = self._follow(step, joining)
         going = [drafted for drafted in joining if drafted.depth]
         while going:
-            for row, drafted in enumerate(going):
-                request, chain = drafted.request, drafted.chain
-                token, shares = self._proposer.choose(row, int(likeliest[row]), request, chain)
-                chain.append(token)
+            chosen = self._proposer.choose_all(likeliest, [(drafted.request, drafted.chain) for drafted in going])
+            for drafted, (token, shares) in zip(going, chosen, strict=True):
+                drafted.chain.append(token)
                 drafted.shares.append(shares)
             # The deepest come first: those that go on are the first rows of what the draft has just handed on.
             going = [drafted for drafted in going if len(drafted.chain) < drafted.depth]

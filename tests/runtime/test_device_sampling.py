@@ -1,6 +1,7 @@
 """What is drawn where the logits lie has the distribution of the host's sampler; a CPU's tensors stand for a GPU's."""
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from angelforge.runtime.device_largest import candidates_of, is_narrow, largest_
 from angelforge.runtime.device_sampling import pack_rules, sample_on_device
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
+from angelforge.runtime.proposals import Proposer
 from angelforge.runtime.sampler import sample
 from angelforge.runtime.sampling import SamplingParams
 
@@ -258,3 +260,30 @@ def test_greedy_picks_are_the_hosts(rows: list[list[float]]) -> None:
     for params in ({}, {"repetition_penalty": 1.3, "logit_bias": {5: 1.0}}):
         requests = [asking([1, 2, 5], [5], **params) for _ in rows]
         assert sample_on_device(torch.from_numpy(logits), requests).tolist() == sample(logits, requests).tolist()
+
+
+@given(
+    data=st.data(),
+    requests=st.lists(requests_of(), min_size=1, max_size=4),
+    chains=st.lists(st.lists(IDS, max_size=3), min_size=4, max_size=4),
+)
+def test_proposals_are_those_of_logits_on_the_host(
+    data: st.DataObject, requests: list[Asking], chains: list[list[int]]
+) -> None:
+    """A draft's tokens, their distributions and the draws are the same wherever its logits are."""
+    vocabulary = np.arange(3, 28)  # target ids of the draft's tokens
+    rows = st.lists(LOGIT, min_size=25, max_size=25)
+    logits = np.array([data.draw(rows) for _ in requests], np.float32)
+    found = []
+    for place in (lambda: logits, lambda: torch.from_numpy(logits)):
+        draft = SimpleNamespace(vocabulary=vocabulary, logits=place)
+        fresh = [replace(request, constraint=None, rng=np.random.default_rng(5)) for request in requests]
+        asked = list(zip(fresh, chains, strict=False))
+        found.append(Proposer(draft).choose_all(np.full(len(requests), 9), asked))
+    for (token, shares), (expected, others), request in zip(*found, requests, strict=True):
+        assert others is not None
+        assert shares is not None
+        assert np.array_equal(np.sort(shares.ids), np.sort(others.ids[others.probabilities > 0]))
+        np.testing.assert_allclose(shares.of(others.ids), others.probabilities, rtol=1e-5, atol=1e-9)
+        if 0 < request.params.top_k < 13:
+            assert token == expected

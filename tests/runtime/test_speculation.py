@@ -155,7 +155,7 @@ def test_proposals_follow_the_rules_of_the_request(params):
     known = np.array([0, 3, 4, 9, 22])
     stub.last_logits = engine.dense_logits(known)[None, vocabulary]
     request = drawing(params, known[:2], known[2:3], np.random.default_rng(0))
-    token, shares = Proposer(stub).choose(0, 0, request, known[3:].tolist())
+    [(token, shares)] = Proposer(stub).choose_all(np.zeros(1, np.int64), [(request, known[3:].tolist())])
     hidden = np.full(VOCAB, -np.inf, np.float32)
     hidden[vocabulary] = stub.last_logits[0]
     ids, probabilities = candidates(hidden, params, History(known[:2], known[2:]))

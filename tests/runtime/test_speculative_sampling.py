@@ -192,8 +192,8 @@ def test_the_penalty_counts_the_chain():
     request = drawing(
         SamplingParams(temperature=0.0, frequency_penalty=1.0), PROMPTED[:0], [], np.random.default_rng(0)
     )
-    proposer = Proposer(draft)
-    assert proposer.choose(0, 0, request, [])[0] == 0
-    assert proposer.choose(0, 0, request, [0])[0] == 1
-    assert proposer.choose(0, 0, request, [0, 1])[0] == 0
-    assert proposer.choose(0, 0, request, [])[0] == 0  # the chain was not noted for good
+    proposer, first = Proposer(draft), np.zeros(1, np.int64)
+    assert proposer.choose_all(first, [(request, [])])[0][0] == 0
+    assert proposer.choose_all(first, [(request, [0])])[0][0] == 1
+    assert proposer.choose_all(first, [(request, [0, 1])])[0][0] == 0
+    assert proposer.choose_all(first, [(request, [])])[0][0] == 0  # the chain was not noted for good
