@@ -12,6 +12,8 @@ from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Float32
 from angelforge.runtime.selection import top_ids
 
+_ROWS = 64  # of a device's logits that are worked on at once, which takes as much memory again as they have
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -43,18 +45,22 @@ def _from_array(logits: Float32, token: int, count: int) -> TokenLogprob:
 
 
 def _from_tensor(logits: Any, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """The same where the rows lie: a few numbers of each come to the host."""
+    """The same for rows on a device [n, vocab]: a few numbers a row come to the host, in one copy."""
     import torch
 
-    places = torch.tensor(tokens, device=logits.device)
-    values, ids = logits.topk(count, 1)
-    totals, own = logits.logsumexp(1), logits.gather(1, places[:, None])
-    each = zip(tokens, totals.tolist(), own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    from angelforge.runtime.device import to_host
+
+    peak = logits.amax(1, keepdim=True)
+    total = peak + (logits - peak).exp().sum(1, keepdim=True, dtype=torch.float64).log()
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
+    values, ids = logits.topk(count)
     found = []
-    for token, total, (value,), top, largest in each:
-        _require_finite(total)
-        pairs = tuple((place, one - total) for place, one in zip(top, largest, strict=True))
-        found.append(TokenLogprob(token, value - total, pairs))
+    table = to_host(torch.cat((total, chosen.double(), values.double(), ids.double()), 1))
+    for token, row in zip(tokens, table, strict=True):
+        _require_finite(row[0])
+        top = sorted((-value, int(i)) for value, i in zip(row[2 : 2 + count], row[2 + count :], strict=True))
+        likeliest = tuple((i, float(-value - row[0])) for value, i in top)
+        found.append(TokenLogprob(token, float(row[1] - row[0]), likeliest))
     return found
 
 
