@@ -61,7 +61,7 @@ def optimize(model: ir.Model) -> bytes:
     Raises:
         AngelForgeError: ONNX Runtime refuses the graph.
     """
-    _fit_opset(model)
+    fit_opset(model)
     with TemporaryDirectory(prefix="angelforge-build-") as scratch:
         root = Path(scratch)
         _place_sparse_files(model, root)
@@ -83,7 +83,8 @@ def optimize(model: ir.Model) -> bytes:
     return result.SerializeToString()
 
 
-def _fit_opset(model: ir.Model) -> None:
+def fit_opset(model: ir.Model) -> None:
+    """Writes `model` for the newest opset that the installed ONNX Runtime knows."""
     if Version(onnxruntime.__version__) >= FIRST_WITH_OPSET_24:
         return
     for opsets in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):

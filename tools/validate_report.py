@@ -28,10 +28,10 @@ def print_validation(result: Validation, html: Path | None) -> None:
             f"cosine {figures['cosine']:.6f}, KL {figures['mean_kl']:.2e} (at most {figures['max_kl']:.2e}), "
             f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%}"
         )
-        caches = [f for f in whole.findings if f.tensor.startswith("cache.")]
-        if caches:
-            worst = max(caches, key=lambda f: f.error)
-            click.echo(f"  keys and values: relative error at most {worst.error:.2e} ({worst.place})")
+        for prefix, told in (("cache.", "keys and values"), ("draft_hidden", "captured states for the draft")):
+            worst = max((f for f in whole.findings if f.tensor.startswith(prefix)), key=lambda f: f.error, default=None)
+            if worst is not None:
+                click.echo(f"  {told}: relative error at most {worst.error:.2e} ({worst.place})")
     _print_findings("layers, each with the judge's inputs", result.layers)
     _print_findings("operators, each with the judge's inputs", result.operators)
     if result.first is not None:

@@ -131,7 +131,8 @@ def attended(operation: Operation, values: Values, batch: Batch) -> Array:
     """f64 [tokens, Hq, D] of PagedAttention's outputs, sequences that were left in parts joined."""
     direct, partial, lse, first = (values.get(name) for name in operation.outputs)
     assert direct is not None
-    result = direct[: int(batch.num_tokens[0])].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # rows that are left in parts are unspecified
+        result = direct[: int(batch.num_tokens[0])].astype(np.float64)
     if first is None or partial is None or lse is None:
         return result
     split = int(operation.attributes["split_length"])

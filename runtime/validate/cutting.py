@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx_ir import convenience
 
-from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS, session_options
+from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS, fit_opset, session_options
 from angelforge.errors import AngelForgeError
 
 Array = NDArray[Any]
@@ -51,6 +51,7 @@ class OrtPiece:
         options = session_options(weights_root, threads)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.outputs = [str(value.name) for value in model.graph.outputs]
+        fit_opset(model)
         self._types = {str(v.name): v.dtype for v in model.graph.inputs}
         try:
             self._session = onnxruntime.InferenceSession(

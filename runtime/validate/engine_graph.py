@@ -8,6 +8,7 @@ where it is not, neighbouring operators are compared as one.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -50,7 +51,9 @@ class EngineGraph:
         self._model, self._root, self._judge, self._threads = model, weights_root, judge, threads
         self._names = {str(v.name) for node in model.graph for v in node.outputs}
         self._names |= {str(v.name) for v in model.graph.inputs}
-        self._prefixes = _instances(self._names)
+        count = Counter(operation.kind for operation in judge.operations)
+        # Where a body has vanished altogether, nobody knows which prefix is whose.
+        self._prefixes = {k: found for k, found in _instances(self._names).items() if len(found) == count[k]}
         self._alias: dict[str, str] = {}
         seen: dict[str, int] = {}
         for operation in judge.operations:

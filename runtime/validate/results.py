@@ -47,7 +47,13 @@ class Validation:
             "thresholds": asdict(self.limits),
             "first_diverging": None if self.first is None else finding_dict(self.first),
             "whole": [
-                {"expected": w.expected, "found": w.found, **w.summary(), "by_position": [asdict(r) for r in w.rows]}
+                {
+                    "expected": w.expected,
+                    "found": w.found,
+                    **w.summary(),
+                    "tensors": [finding_dict(f) for f in worst_by_tensor(w.findings)],
+                    "by_position": [asdict(r) for r in w.rows],
+                }
                 for w in self.wholes
             ],
             "layers": [finding_dict(f) for f in worst_by_tensor(self.layers)],

@@ -167,7 +167,7 @@ class EngineRunner(BundleRunner):
     def activate_impl(self) -> None:
         """Loads the engine; its own pool comes with it."""
         if self.own_pool:
-            self._engine = load_engine(self.bundle, self.target, num_pages=self.num_pages)
+            self._engine = load_engine(self.bundle, self.target, num_pages=self.num_pages, max_batch=1)
 
     def deactivate_impl(self) -> None:
         """Frees it."""
@@ -190,13 +190,14 @@ class EngineRunner(BundleRunner):
         return outputs
 
     def _call_with_pools(self, feed: Mapping[str, Array]) -> Outputs:
-        engine = load_engine(self.bundle, self.target, num_pages=len(feed["kv_cache.0"]))
+        engine = load_engine(self.bundle, self.target, num_pages=len(feed["kv_cache.0"]), max_batch=1)
         try:
             pools = _pools(engine)
             for number, pool in enumerate(pools):
-                pool[...] = feed[f"kv_cache.{number}"]
+                given = feed[f"kv_cache.{number}"]
+                pool[...] = given if isinstance(pool, np.ndarray) else pool.new_tensor(given)
             outputs: Outputs = OrderedDict(logits=_host(engine.forward(Batch(**{n: feed[n] for n in INPUTS}))))
-            outputs |= {f"kv_cache_out.{number}": pool.copy() for number, pool in enumerate(pools)}
+            outputs |= {f"kv_cache_out.{number}": _host(pool) for number, pool in enumerate(pools)}
         finally:
             engine.close()
         return outputs
@@ -243,12 +244,15 @@ class ReferenceRunner(BundleRunner):
         return outputs
 
 
-def written(pool: Array, feed: Mapping[str, Array]) -> Array:
-    """f32 [tokens, 2, kv_heads, head_dim]: the keys and values that a call's tokens have in a pool."""
+def written(pool: Any, feed: Mapping[str, Array]) -> Array:
+    """f32 [tokens, 2, kv_heads, head_dim]: the keys and values that a call's tokens have in a pool.
+
+    `pool` is an array, or a tensor on a device.
+    """
     slots = feed["slots"][: int(feed["num_tokens"][0])]
     page_size = pool.shape[3]
-    rows: Array = pool[slots // page_size, :, :, slots % page_size]
-    return rows.astype(np.float32)
+    pages, offsets = (slots // page_size).tolist(), (slots % page_size).tolist()
+    return _host(pool[pages, :, :, offsets])
 
 
 def feed_dict(batch: Batch) -> OrderedDict[str, Array]:
@@ -256,13 +260,17 @@ def feed_dict(batch: Batch) -> OrderedDict[str, Array]:
     return OrderedDict((name, getattr(batch, name)) for name in INPUTS)
 
 
-def _pools(engine: Engine) -> list[Array]:
-    return list(getattr(engine, "pools", ()))  # engines on a device need not lay theirs open
+def _pools(engine: Engine) -> list[Any]:
+    """The pools of the layers, live, where an engine lays them open: arrays, or tensors on a device."""
+    pools = getattr(engine, "pools", ())
+    return list(pools.values() if isinstance(pools, Mapping) else pools)
 
 
-def _host(logits: Any) -> Array:
-    """Logits in memory of their own: engines may reuse theirs, or hold them on a device."""
-    return np.array(logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy())
+def _host(values: Any) -> Array:
+    """f32 in memory of their own: engines reuse theirs, or hold them on a device."""
+    if isinstance(values, np.ndarray):
+        return np.array(values, np.float32)
+    return np.array(values.detach().float().cpu().numpy())
 
 
 def _plain(array: Array) -> Array:

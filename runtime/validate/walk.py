@@ -6,7 +6,7 @@ the next. Between layers only the residual stream of every call is kept.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -105,8 +105,11 @@ def compare_stages(
     places: Sequence[str] | None = None,
 ) -> Iterator[tuple[Stage, list[Finding]]]:
     """The findings of one stage after another, of what the judge `walked`."""
+    left = None if places is None else Counter(s.place for s in judge.stages if s.place in places)
     for stage, calls in groupby(walked, key=lambda values: values.stage):
-        if places is not None and stage.place not in places:
+        if left is not None and not left.total():
+            return  # the judge need not go on
+        if left is not None and stage.place not in left:
             deque(calls, maxlen=0)  # the judge goes on
             continue
         units = list(candidate.units(stage.operations, by_layer))
@@ -116,6 +119,8 @@ def compare_stages(
             given = as_given(call.values, judge, candidate.as_stored)
             for unit, findings in zip(units, by_unit, strict=True):
                 findings += _compare_unit(unit, stage, given, call.values, scene)
+        if left is not None:
+            left[stage.place] -= 1
         yield stage, [finding for findings in by_unit for finding in findings]
 
 

@@ -12,7 +12,7 @@ from angelforge.exporter.export import ExportOptions
 from angelforge.precision import Precision
 from angelforge.runtime.validate.data import Schedule, random_sequences, schedule
 from angelforge.runtime.validate.references import load_reference_for
-from angelforge.runtime.validate.runners import EngineRunner, JudgeRunner, ReferenceRunner
+from angelforge.runtime.validate.runners import EngineRunner, JudgeRunner, ReferenceRunner, written
 from angelforge.runtime.validate.thresholds import F32
 from angelforge.runtime.validate.whole import compare_whole
 
@@ -81,3 +81,15 @@ def test_a_function_is_a_reference(model: tuple[Path, Bundle], tmp_path: Path, m
 def test_what_is_no_reference_is_refused(model: tuple[Path, Bundle], text: str) -> None:
     with pytest.raises(UsageError):
         load_reference_for(text, model[1])
+
+
+def test_what_a_call_wrote_is_read_from_any_pool() -> None:
+    """Of arrays and of tensors, as engines on a device have them, in any type."""
+    import torch
+
+    pool = np.arange(3 * 2 * 2 * 4 * 5, dtype=np.float32).reshape(3, 2, 2, 4, 5)
+    feed = {"slots": np.array([9, 4, 0], np.int32), "num_tokens": np.array([2], np.int32)}
+    found = written(pool, feed)
+    np.testing.assert_array_equal(found, [pool[2, :, :, 1], pool[1, :, :, 0]])
+    np.testing.assert_array_equal(written(torch.from_numpy(pool), feed), found)
+    assert written(torch.from_numpy(pool).bfloat16(), feed).dtype == np.float32
