@@ -58,9 +58,8 @@ def decode(
     manifest = Bundle.open(bundle).manifest
     sizes = (input_tokens, output_tokens, requests, manifest.model.vocab_size)
     found: list[Figures] = []
-    depths: list[Depth] = [0] if manifest.draft is None or speculate == 0 else [0, speculate]
     loading: dict[str, Any] = {"kv_memory": kv_memory, "threads": threads, "max_batch": max(concurrencies)}
-    for depth in depths:
+    for depth in depths(manifest, speculate):
         asks = Asks(dataset, raw, *sizes)  # the same with the draft and without
         found += _measure(bundle, target, manifest, concurrencies, asks, temperature, {**loading, "speculate": depth})
     report(found, {"bundle": str(bundle), "target": target}, plot, as_json)
@@ -96,6 +95,11 @@ def _measure(
             limit = limit_of(manifest, get_target(target), concurrency, samples)
             found.append(summarize(samples, concurrency, drafted, seconds, accepted, limit))
     return found
+
+
+def depths(manifest: Manifest, speculate: Depth) -> list[Depth]:
+    """Without the draft, and with it where there is one."""
+    return [0] if manifest.draft is None or speculate == 0 else [0, speculate]
 
 
 def report(found: Sequence[Figures], about: dict[str, Any], plot: Path | None, as_json: bool) -> None:

@@ -16,7 +16,7 @@ import click
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.depth import Depth
-from angelforge.tools.bench_decode import report
+from angelforge.tools.bench_decode import depths, report
 from angelforge.tools.engine_options import target_option, threads_option
 from angelforge.tools.load.options import Asks, load_options
 from angelforge.tools.options import json_option
@@ -24,6 +24,8 @@ from angelforge.tools.output import total_progress
 from angelforge.tools.speculation_text import speculate_option
 
 if TYPE_CHECKING:
+    from angelforge.manifest import Manifest
+    from angelforge.targets import Target
     from angelforge.tools.load.figures import Figures
     from angelforge.tools.load.over_http import Address
 
@@ -62,6 +64,8 @@ def serve(
     Example:
       angelforge bench serve demo/bundle --concurrency 1,8,64
     """
+    from angelforge.bundle import Bundle
+    from angelforge.targets import get_target
     from angelforge.tools.load.over_http import Address
 
     sizes = (input_tokens, output_tokens, requests, _VOCABULARY)
@@ -69,26 +73,28 @@ def serve(
     if "://" in server:
         address = Address(server, key=os.environ.get("ANGELFORGE_API_KEY"))
         address = Address(server, address.first_model(), address.key)
-        found += _measure(address, concurrencies, Asks(dataset, raw, *sizes), temperature, drafted=False)
+        found += _measure(address, concurrencies, Asks(dataset, raw, *sizes), temperature)
         report(found, {"server": server, "model": address.model}, plot, as_json)
         return
-    for depth in _depths(Path(server), speculate):
+    manifest = Bundle.open(Path(server)).manifest
+    for depth in depths(manifest, speculate):
         with _served(Path(server), target, depth, max(concurrencies), threads) as address:
             asks = Asks(dataset, raw, *sizes)  # the same with the draft and without
-            found += _measure(address, concurrencies, asks, temperature, drafted=depth != 0)
+            found += _measure(address, concurrencies, asks, temperature, depth != 0, (manifest, get_target(target)))
     report(found, {"bundle": server, "target": target}, plot, as_json)
 
 
-def _depths(bundle: Path, speculate: Depth) -> list[Depth]:
-    from angelforge.bundle import Bundle
-
-    return [0] if Bundle.open(bundle).manifest.draft is None or speculate == 0 else [0, speculate]
-
-
 def _measure(
-    address: Address, concurrencies: Sequence[int], asks: Asks, temperature: float, drafted: bool
+    address: Address,
+    concurrencies: Sequence[int],
+    asks: Asks,
+    temperature: float,
+    drafted: bool = False,
+    served: tuple[Manifest, Target] | None = None,
 ) -> list[Figures]:
+    """A figure for each concurrency, beside the limit of what is `served` where that is known."""
     from angelforge.tools.load.figures import summarize
+    from angelforge.tools.load.limit import limit_of
     from angelforge.tools.load.over_http import run_over_http
 
     found = []
@@ -98,7 +104,8 @@ def _measure(
         name = f"{concurrency} clients{', with the draft' if drafted else ''}"
         with total_progress(name, "requests") as tell:
             samples, seconds = run_over_http(address, these, concurrency, temperature, tell)
-        found.append(summarize(samples, concurrency, drafted, seconds))
+        limit = None if served is None else limit_of(*served, concurrency, samples)
+        found.append(summarize(samples, concurrency, drafted, seconds, limit=limit))
     return found
 
 
