@@ -36,6 +36,7 @@ from angelforge.runtime.tensorrt_draft import TensorRTDraft
 from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine
 from angelforge.runtime.tensorrt_memory import DeviceNeeds
 from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.tools.deep_runtime import runner_of, step_microseconds
 
 PAGE, PAGES, CONTEXT, DEPTH, BATCH, ROOM = 64, 20, 256, 2, 4, 96
 
@@ -145,6 +146,16 @@ def test_more_rows_than_the_engine_was_built_for(engine: TensorRTEngine, referen
     """Scoring wants every row; the engine takes twelve at a time."""
     batch = pack([Piece(np.arange(40), 0, np.array([6], np.int32), 40)], PAGE)
     np.testing.assert_allclose(engine.forward(batch).numpy(), reference.forward(batch), rtol=2e-5, atol=2e-5)
+
+
+def test_the_first_step_on_a_gpu_can_look_at_it(engine: TensorRTEngine, reference: OnnxRuntimeEngine) -> None:
+    """What `doctor --deep` compares on a GPU: logits and the pool as arrays, and the time of a step."""
+    batch = steps(engine.config.vocab_size)[0]
+    logits, pools = runner_of(engine)(batch, {}, 2)
+    np.testing.assert_allclose(logits, reference.forward(batch), rtol=2e-5, atol=2e-5)
+    assert list(pools) == [f"kv_cache.{layer}" for layer in range(3)]
+    assert all(np.shares_memory(pools[name], pool.numpy()) for name, pool in engine.pools.items())
+    assert step_microseconds(engine, batch) > 0
 
 
 def test_weights_are_bound_once_and_tied_ones_shared(bundle: Bundle, engine: TensorRTEngine) -> None:
