@@ -32,12 +32,12 @@ _INLINE = 8192 - 8  # bytes of a message that go with its length
 class Group:
     """One rank's membership. Use it from one thread."""
 
-    def __init__(self, rank: int, ranks: int, store: Any) -> None:
+    def __init__(self, rank: int, ranks: int, store: Any, on_gpus: bool) -> None:
         """Of a process group of torch.distributed that stands; `join` makes both."""
         self.rank, self.ranks = rank, ranks
         self.failure: str | None = None  # why the group has ended
         self._heartbeat = Heartbeat(store, rank, ranks)
-        self._open = True
+        self._open, self._on_gpus = True, on_gpus
         self._restored: signal.Handlers | None = None  # what SIGTERM did before
 
     @classmethod
@@ -68,7 +68,7 @@ class Group:
                 f"The {ranks} ranks did not find each other: rank {rank} says: {_first_line(error)}. "
                 "End what is left of them and start again."
             ) from error
-        return cls(rank, ranks, store)
+        return cls(rank, ranks, store, device != "cpu")
 
     def send(self, message: bytes) -> None:
         """From rank 0 to all others, which `receive` it. Raises AngelForgeError where the group has ended."""
@@ -153,7 +153,12 @@ class Group:
         Raises AngelForgeError where one does not: NCCL's kernels, which wait for it for ever, are aborted.
         """
         watch, looked = self._heartbeat.watch(), time.monotonic()
-        while not done():
+        while True:
+            try:
+                if done():
+                    return
+            except RuntimeError as error:  # what torch raises for the device's errors, NCCL's among them
+                raise self.end(f"The device failed in a step: {_first_line(error)}.") from error
             time.sleep(_POLL)
             if time.monotonic() - looked < _SLICE.total_seconds():
                 continue
@@ -202,7 +207,8 @@ class Group:
         import torch.distributed as dist
 
         self._heartbeat.stop()
-        dist.destroy_process_group()
+        if self.failure is None or not self._on_gpus:  # NCCL would wait for the ranks that are missing
+            dist.destroy_process_group()
         if self._restored is not None:
             signal.signal(signal.SIGTERM, self._restored)
 
@@ -211,7 +217,7 @@ class Group:
         import torch
         import torch.distributed as dist
 
-        if torch.cuda.is_available():
+        if self._on_gpus:
             dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device())).abort()
 
     def _ended(self, cause: str) -> str:
@@ -226,21 +232,26 @@ class Group:
         """Waits for a collective as long as all ranks give signs of life."""
         if self.failure is not None:
             raise AngelForgeError(self.failure)
+        watch = self._heartbeat.watch(patience)
         try:
             work = begin()
+            while not _done_within_a_slice(work):
+                if (lost := watch.lost()) is not None:
+                    self.failure = self.failure or self._ended(lost)
+                    raise AngelForgeError(self.failure)
         except RuntimeError as error:
             raise self.end(f"The connection between the ranks broke: {_first_line(error)}.") from error
-        watch = self._heartbeat.watch(patience)
-        while True:
-            try:
-                work.wait(_SLICE)
-                return
-            except RuntimeError as error:
-                if work.is_completed():  # it has failed; otherwise only the slice has passed
-                    raise self.end(f"The connection between the ranks broke: {_first_line(error)}.") from error
-            if (lost := watch.lost()) is not None:
-                self.failure = self.failure or self._ended(lost)
-                raise AngelForgeError(self.failure)
+
+
+def _done_within_a_slice(work: Any) -> bool:
+    """Waits for a collective for a second at most; raises RuntimeError where it has failed."""
+    try:
+        work.wait(_SLICE)
+    except RuntimeError:
+        if not work.is_completed():
+            return False  # only the time has passed
+        work.wait()  # raises it again; or it has come to its end just now
+    return True
 
 
 def _rank_of(ranks: int) -> int:

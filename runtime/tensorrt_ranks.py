@@ -8,7 +8,7 @@ from typing import Any
 from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.engines import Engine
-from angelforge.runtime.group import Group
+from angelforge.runtime.group import LOADING, Group
 from angelforge.runtime.ranked_engine import RankedEngine, follow
 from angelforge.runtime.sharding import slices
 from angelforge.runtime.tensorrt_loading import Rank, Wish, load_tensorrt
@@ -54,6 +54,6 @@ class Communicator:
         """For `TensorrtSession`; all ranks make the same contexts in turn. Raises AngelForgeError if it is refused."""
         if self._capsule is None:
             self._capsule = self._group.communicator()
-        self._group.barrier()  # the call blocks until all ranks have made it
+        self._group.barrier(LOADING)  # the call blocks until all ranks have made it
         if not context.set_communicator(self._capsule):
             raise AngelForgeError("TensorRT refuses the NCCL communicator: torch and TensorRT must load one libnccl.")

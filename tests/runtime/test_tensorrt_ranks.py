@@ -74,7 +74,7 @@ class Group:
         self.done.append("communicator")
         return "capsule"
 
-    def barrier(self) -> None:
+    def barrier(self, patience: int) -> None:
         self.done.append("barrier")
 
 
