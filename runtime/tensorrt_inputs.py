@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -54,6 +54,12 @@ class InputLayout:
     def nbytes(self) -> int:
         """Of all inputs together; the page table is the last."""
         return self.offsets["page_table"] + _bytes("page_table", self.shapes["page_table"])
+
+
+@lru_cache(maxsize=1024)
+def layout_of(size: Padding) -> InputLayout:
+    """The layout of a size, computed once: every step asks for one."""
+    return InputLayout(size)
 
 
 class InputArena:

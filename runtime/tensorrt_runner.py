@@ -15,7 +15,7 @@ from angelforge.runtime.device import Device
 from angelforge.runtime.packing import Padding
 from angelforge.runtime.tensorrt_bindings import check_addresses
 from angelforge.runtime.tensorrt_buckets import Bucket, Buckets
-from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout
+from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout, layout_of
 from angelforge.runtime.tensorrt_session import TensorrtContext, TensorrtSession
 
 Before = Callable[[InputArena, InputLayout], None]  # puts work on the stream that a step begins with
@@ -61,7 +61,7 @@ class Runner:
         """
         self._device.follow(self._stream, None)  # which clears the pool
         for bucket in self._buckets.captured:
-            layout = InputLayout(bucket.size)
+            layout = layout_of(bucket.size)
             self._arena.keep(layout)
             context = self._new_context(bucket.profile)
             self._captured.append(context)
@@ -83,7 +83,7 @@ class Runner:
 
     def _run(self, batch: Batch, rows: Int64 | None) -> None:
         bucket, _ = self._buckets.choose(batch)
-        layout = InputLayout(bucket.size)
+        layout = layout_of(bucket.size)
         self._device.follow(self._stream, None)
         self._arena.send(layout, batch, rows, self._fixed.page_size, self._stream)
         replay = self._replays.get(bucket)

@@ -28,7 +28,7 @@ from angelforge.runtime.sampler import sample
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.runtime.stepper import Stepper
 from angelforge.runtime.tensorrt_buckets import Buckets
-from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout
+from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout, layout_of
 from angelforge.runtime.tokenizer import Tokenizer
 
 VOCAB, PAGE_SIZE, CONTEXT = 157_184, 64, 131_072
@@ -60,14 +60,14 @@ class NoEngine:
         largest = Padding(limits.max_tokens, batch, limits.pages_per_sequence, batch)
         self._arena = InputArena(self._device, InputLayout(largest).nbytes)
         for bucket in self._buckets.captured:
-            self._arena.keep(InputLayout(bucket.size))
+            self._arena.keep(layout_of(bucket.size))
         self.logits: Float32 = np.random.default_rng(0).standard_normal((batch, VOCAB), np.float32) * 3
         self.seconds = 0.0
 
     def forward(self, batch: Batch) -> Float32:
         begin = perf_counter()
         bucket, _ = self._buckets.choose(batch)
-        self._arena.send(InputLayout(bucket.size), batch, None, PAGE_SIZE, self._stream)
+        self._arena.send(layout_of(bucket.size), batch, None, PAGE_SIZE, self._stream)
         self.seconds = perf_counter() - begin
         return self.logits[: batch.logit_indices.shape[0]]
 
