@@ -4,8 +4,11 @@ A GPU is not needed: device memory is host memory, and what TensorRT would compu
 that TensorRT was given (support/tensorrt_on_cpu.py).
 """
 
+import json
+import shutil
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,22 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from support import tensorrt_on_cpu
 
 from angelforge.bundle import Bundle
+from angelforge.engines.build import kernel_digests
 from angelforge.engines.cpu import build_cpu
-from angelforge.engines.manifest import EngineManifest, bundle_facts
+from angelforge.engines.manifest import MANIFESTS, EngineManifest, bundle_facts, engine_folder, graph_facts
 from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.engines.tensorrt_loading import TensorrtEngine
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
+from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.precision import Precision
+from angelforge.runtime import device, tensorrt_loading
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.device import open_device
 from angelforge.runtime.llm import LLM
@@ -36,6 +43,7 @@ from angelforge.runtime.tensorrt_draft import TensorRTDraft
 from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine
 from angelforge.runtime.tensorrt_memory import DeviceNeeds
 from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.tools.cli import main
 from angelforge.tools.deep_runtime import runner_of, step_microseconds
 
 PAGE, PAGES, CONTEXT, DEPTH, BATCH, ROOM = 64, 20, 256, 2, 4, 96
@@ -62,20 +70,43 @@ def opened(bundle: Bundle, role: str) -> TensorrtEngine:
     """What `open_tensorrt_engine` gives; the plan is the bundle's graph."""
     limits = StepLimits(ROOM, BATCH, CONTEXT, PAGE, PAGES, DEPTH)
     profiles = make_profiles(limits)
+    plan = plan_of(bundle.folder / bundle.manifest.graphs[role])
+    digest = sha256(plan).hexdigest()
     manifest = EngineManifest(
         target="h20",
         backend="tensorrt",
         backend_version="11.4.0",
-        engine="x",
-        engine_digest="",
-        graph_digest="",
+        engine=f"{role}.engine",
+        engine_digest=digest,
+        engine_bytes=len(plan),
+        architecture="sm_90",
         seconds=0.0,
+        kernels=kernel_digests(bundle),
         profiles=[profile.to_dict() for profile in profiles],
         activation_bytes=[5000],
         options={"draft_depth": DEPTH, "plugins": "aot"},
         **bundle_facts(bundle),
+        **graph_facts(bundle, role),
     )
-    return TensorrtEngine(manifest, profiles, plan_of(bundle.folder / bundle.manifest.graphs[role]))
+    return TensorrtEngine(manifest, profiles, plan)
+
+
+@pytest.fixture
+def machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine that has an H20 and TensorRT, and engines for it in the bundle."""
+    folder = engine_folder(bundle, "h20")
+    folder.mkdir()
+    for role, file in MANIFESTS.items():
+        what = opened(bundle, role)
+        (folder / what.manifest.engine).write_bytes(what.plan)
+        (folder / file).write_text(what.manifest.to_json())
+    library = tensorrt_on_cpu.make_library(what.profiles)
+    gpu = GpuFacts("NVIDIA H20", "sm_90", 78, 102_600_000_000, "580.65.06")
+    monkeypatch.setattr(tensorrt_loading, "find_gpu", lambda index: gpu)
+    monkeypatch.setattr(tensorrt_loading, "load_library", lambda flavour: library)
+    monkeypatch.setattr(device, "open_device", lambda name: open_device("cpu"))
+    yield
+    shutil.rmtree(folder)
 
 
 def load(bundle: Bundle, **options: Any) -> TensorRTEngine:
@@ -188,20 +219,64 @@ def test_score_gives_arrays_of_the_host(bundle: Bundle, reference: OnnxRuntimeEn
         np.testing.assert_allclose(found, llm.score(list(range(50))), rtol=2e-5, atol=2e-5)
 
 
+def run(bundle: Bundle, *arguments: object) -> Result:
+    prompts = [option for text in ("Hello", "What is it?") for option in ("--prompt", text)]
+    return CliRunner().invoke(main, ["run", str(bundle.folder), *prompts, "--json", *map(str, arguments)])
+
+
+def test_run_with_a_target(bundle: Bundle, machine: None) -> None:
+    """`angelforge run --target h20` from the engine's files to text, with the draft: what `--target cpu` says."""
+    common = ["--max-tokens", 8, "--max-batch", BATCH, "--speculate", 2, "--ignore-eos"]
+    found, expected = run(bundle, *common, "--target", "h20"), run(bundle, *common)
+    assert found.exit_code == expected.exit_code == 0, found.output
+    texts = [[(out["text"], out["token_ids"]) for out in json.loads(each.stdout)] for each in (found, expected)]
+    assert texts[0] == texts[1]
+    assert "accepted" in found.stderr
+
+
+def test_seeds_mean_the_same_with_a_top_k(bundle: Bundle, machine: None) -> None:
+    """Sampled text of a request with a top-k is that of the CPU engine, too."""
+    common = ["--max-tokens", 8, "--max-batch", BATCH, "--speculate", 0, "--seed", 3, "--temperature", 1, "--top-k", 9]
+    outputs = [json.loads(run(bundle, *common, *target).stdout) for target in ([], ["--target", "h20"])]
+    assert [out["token_ids"] for out in outputs[0]] == [out["token_ids"] for out in outputs[1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--max-batch", 9], 2, "9 sequences are to run at once, but the engine was built for 4"),
+        (["--max-batch", 2, "--speculate", 3], 2, "Speculation of 3 tokens was asked for"),
+        (["--max-batch", 2, "--kv-memory-gb", 1e-6], 2, "but at least 2 are needed"),
+    ],
+)
+def test_what_run_asks_too_much_of_an_engine(
+    bundle: Bundle, machine: None, arguments: list[object], code: int, said: str
+) -> None:
+    result = run(bundle, "--target", "h20", *arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+
+
+def test_a_target_without_an_engine_is_told(bundle: Bundle, machine: None) -> None:
+    (engine_folder(bundle, "h20") / "manifest.json").unlink()
+    result = run(bundle, "--target", "h20", "--max-batch", 2)
+    assert result.exit_code == 1
+    assert "There is no engine in" in result.stderr
+
+
 def make_pair(bundle: Bundle) -> tuple[TensorRTEngine, TensorRTDraft]:
     target = load(bundle, drafted=DeviceNeeds(0, 0, 0, 0))
     return target, TensorRTDraft(bundle, opened(bundle, "draft"), target)
 
 
-@pytest.mark.parametrize("speculate", [1, 2])
-def test_drafts_propose_what_the_cpu_drafts_do(bundle: Bundle, speculate: int) -> None:
+def test_drafts_propose_what_the_cpu_drafts_do(bundle: Bundle) -> None:
     """Greedy: the same tokens, and the same proposals came out."""
     first = OnnxRuntimeEngine(bundle, PAGES)
-    plain = LLM.from_engine(first, max_batch=BATCH, draft=OnnxRuntimeDraft(bundle, first), speculate=speculate)
+    plain = LLM.from_engine(first, max_batch=BATCH, draft=OnnxRuntimeDraft(bundle, first), speculate=2)
     target, draft = make_pair(bundle)
     with (
         plain,
-        LLM.from_engine(target, max_batch=BATCH, draft=draft, speculate=speculate, max_tokens_per_step=64) as llm,
+        LLM.from_engine(target, max_batch=BATCH, draft=draft, speculate=2, max_tokens_per_step=64) as llm,
     ):
         assert generate(llm) == generate(plain)
         assert llm.speculation is not None
