@@ -18,8 +18,9 @@ from angelforge.runtime.server.grammar import Grammar, json_grammar, tool_call_g
 from angelforge.runtime.server.host import Host, sampling_options
 from angelforge.runtime.server.logprobs import chat_logprobs
 from angelforge.runtime.server.schemas import ChatRequest
-from angelforge.runtime.server.tools import Call, ToolCallParser
+from angelforge.runtime.server.tools import BEGIN, Call, TaggedText, ToolCallParser
 from angelforge.runtime.server.vocabulary import Vocabulary
+from angelforge.runtime.tokenizer import Tokenizer
 
 
 class Chats:
@@ -47,15 +48,17 @@ class Chats:
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
-        schema = None if body.response_format is None else body.response_format.schema_text
+        schema = None if body.response_format is None else body.response_format.schema_to_fit
         grammar = None
         if forced:  # compiling takes up to a second, during which others are served
-            grammar = await asyncio.to_thread(Grammar, host.vocabulary, tool_call_grammar(functions), "tools")
+            source = tool_call_grammar(functions, special_tags=host.vocabulary.is_special(BEGIN))
+            grammar = await asyncio.to_thread(Grammar, host.vocabulary, source, "tools")
         elif schema is not None:
             grammar = await asyncio.to_thread(Grammar, host.vocabulary, json_grammar(schema), "response_format")
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time()), "model": options.model}
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = ChatAnswer(head, choices, include_usage, host.vocabulary, bool(functions), bool(body.logprobs))
+        tokenizer = host.service.llm.tokenizer if functions else None
+        answer = ChatAnswer(head, choices, include_usage, host.vocabulary, tokenizer, params)
         call = host.submit([prompt], choices, params, grammar)
         return await respond(request, call, answer, bool(body.stream), options.stall_seconds)
 
@@ -75,21 +78,19 @@ class ChatAnswer(Answer):
         choices: int,
         include_usage: bool,
         vocabulary: Vocabulary,
-        functions: bool,
-        logprobs: bool,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
     ) -> None:
+        """`tokenizer` is given where there are functions to call."""
         super().__init__(head, choices, include_usage)
-        self._vocabulary, self._functions, self._logprobs = vocabulary, functions, logprobs
-        self._parsers: dict[int, ToolCallParser] = {}
+        self._vocabulary, self._tokenizer, self._stops = vocabulary, tokenizer, params.stop
+        self._logprobs = params.logprobs is not None
+        self._readers: dict[int, tuple[TaggedText, ToolCallParser]] = {}
         self._calls: dict[int, int] = {}  # of each choice, how many have been told
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """A whole choice."""
-        content, calls = output.text, list[Call]()
-        if self._functions:
-            parser = ToolCallParser()
-            content, calls = parser.push(output.text)
-            content += parser.finish()
+        content, calls = self._read(index, output.text, output.token_ids, last=True)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": [call.to_dict() for call in calls]}
@@ -106,11 +107,8 @@ class ChatAnswer(Answer):
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
         """Content and calls as soon as they are certain; a call is told at once, with all its arguments."""
-        index, content, calls = delta.index, delta.text, list[Call]()
-        if self._functions:
-            parser = self._parsers.setdefault(index, ToolCallParser())
-            content, calls = parser.push(delta.text)
-            content += parser.finish() if delta.output is not None else ""
+        index = delta.index
+        content, calls = self._read(index, delta.text, delta.token_ids, last=delta.output is not None)
         change: dict[str, Any] = {"content": content} if content else {}
         if calls:
             told = self._calls.get(index, 0)
@@ -125,6 +123,16 @@ class ChatAnswer(Answer):
             called = reason == "stop" and self._calls.get(index, 0) > 0
             pieces.append(self._piece(index, {}, reason="tool_calls" if called else reason))
         return pieces
+
+    def _read(self, index: int, text: str, tokens: tuple[int, ...], last: bool) -> tuple[str, list[Call]]:
+        """(content, calls) of the next part of a choice."""
+        if self._tokenizer is None:
+            return text, []
+        if index not in self._readers:
+            self._readers[index] = TaggedText(self._tokenizer, self._stops), ToolCallParser()
+        tagged, parser = self._readers[index]
+        content, calls = parser.push(tagged.push(tokens) + (tagged.finish() if last else ""))
+        return content + (parser.finish() if last else ""), calls
 
     @staticmethod
     def _piece(

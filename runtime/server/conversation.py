@@ -33,13 +33,9 @@ def render(llm: LLM, body: ChatRequest, functions: list[Function]) -> str:
     if template is None or tokenizer is None:
         lacking = "tokenizer" if tokenizer is None else "chat template"
         raise ApiError(400, f"The bundle has no {lacking}, so it cannot chat. Use /v1/completions.", "messages")
-    if functions:
-        if not template.takes_tools or BEGIN not in template.source:
-            message = f"The chat template of this model does not define tool calls between {BEGIN} tags."
-            raise ApiError(400, message, "tools")
-        if tokenizer.special_id(BEGIN) is not None:
-            message = f"{BEGIN} is a special token of this model, which its text does not show: calls cannot be found."
-            raise ApiError(400, message, "tools")
+    if functions and (not template.takes_tools or BEGIN not in template.source):
+        message = f"The chat template of this model does not define tool calls between {BEGIN} tags."
+        raise ApiError(400, message, "tools")
     # The model is told of all tools, even where it must call a certain one.
     tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or []]
     try:

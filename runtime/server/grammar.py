@@ -13,6 +13,7 @@ import numpy.typing as npt
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.server.errors import ApiError
 from angelforge.runtime.server.schemas import Function
+from angelforge.runtime.server.tools import BEGIN, END
 from angelforge.runtime.server.vocabulary import Vocabulary
 
 # What may stand between JSON's parts: a blank, or a new line with its indentation. Were any whitespace allowed, a model
@@ -73,8 +74,9 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
 
 
-def tool_call_grammar(functions: Sequence[Function]) -> str:
-    """One call of one of the functions, between the tags that Ling's templates use."""
+def tool_call_grammar(functions: Sequence[Function], special_tags: bool) -> str:
+    """One call of one of the functions, between the tags that Ling's templates use, as special tokens or spelt."""
+    begin, end = (BEGIN, END) if special_tags else (f'"{BEGIN}"', f'"{END}"')
     lines = [f"start: {' | '.join(f'call_{number}' for number in range(len(functions)))}"]
     for number, function in enumerate(functions):
         schema = {
@@ -84,5 +86,5 @@ def tool_call_grammar(functions: Sequence[Function]) -> str:
             "additionalProperties": False,
             "x-guidance": _ON_ONE_LINE,
         }
-        lines.append(f'call_{number}: "<tool_call>\\n" %json {json.dumps(schema)} "\\n</tool_call>"')
+        lines.append(f'call_{number}: {begin} "\\n" %json {json.dumps(schema)} "\\n" {end}')
     return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 Token = Annotated[int, Field(strict=True, ge=0)]
 TokenList = list[Token]
@@ -153,11 +153,17 @@ class ResponseFormat(_Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and only to that")
+        return self
+
     @property
-    def schema_text(self) -> dict[str, Any] | None:
+    def schema_to_fit(self) -> dict[str, Any] | None:
         """The schema of the answer, None for text."""
-        if self.type == "json_schema":
-            return {} if self.json_schema is None else self.json_schema.definition
+        if self.json_schema is not None:
+            return self.json_schema.definition
         return {"type": "object"} if self.type == "json_object" else None
 
 

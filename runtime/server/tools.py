@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from angelforge.runtime.detokenizer import Detokenizer
+from angelforge.runtime.stops import StopFilter
+from angelforge.runtime.tokenizer import Tokenizer
+
 BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class TaggedText:
+    """The text of an output with the tags in it, also where they are special tokens, which texts leave out."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        """`stops` are the request's stop strings."""
+        self._detokenizer, self._filter = Detokenizer(tokenizer), StopFilter(stops)
+        self._tags = {tokenizer.special_id(tag): tag for tag in (BEGIN, END)}
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text to show after more tokens."""
+        text = ""
+        for token in tokens:
+            tag = self._tags.get(token)
+            text += self._detokenizer.push(token) if tag is None else self._detokenizer.finish() + tag
+        return self._filter.push(text)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._filter.push(self._detokenizer.finish()) + self._filter.finish()
 
 
 @dataclass(frozen=True)

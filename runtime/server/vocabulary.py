@@ -19,6 +19,7 @@ class Vocabulary:
         self.guide: llguidance.LLTokenizer | None = None  # None: no tokenizer, or one that cannot be constrained
         self.problem = "the bundle has no tokenizer"
         self.special_ids = frozenset[int]() if llm.tokenizer is None else llm.tokenizer.special_ids
+        self._tokenizer = llm.tokenizer
         if llm.tokenizer is not None:
             known = llm.tokenizer.to_json()
             ends = [token for token in llm.config.eos_token_ids if token < self.size]
@@ -34,6 +35,10 @@ class Vocabulary:
         if self.guide is None or token >= self.size:
             return f"[{token}]".encode()
         return bytes(self.guide.decode_bytes([token]))
+
+    def is_special(self, text: str) -> bool:
+        """Whether a special token is written so."""
+        return self._tokenizer is not None and self._tokenizer.special_id(text) is not None
 
     def _text(self, token: int) -> str:
         """The token as text; as OpenAI has it, `bytes:\\xe2\\x82` where it is half a character."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from angelforge.runtime.constraint import allowed_ids
 from angelforge.runtime.server.errors import ApiError
 from angelforge.runtime.server.grammar import Grammar, json_grammar, tool_call_grammar
 from angelforge.runtime.server.schemas import Function
-from angelforge.runtime.server.tools import ToolCallParser
+from angelforge.runtime.server.tools import BEGIN, END, TaggedText, ToolCallParser
 from angelforge.runtime.server.vocabulary import Vocabulary
 from angelforge.runtime.tokenizer import Tokenizer
 from angelforge.tools.toy import MODEL
@@ -21,28 +22,32 @@ from angelforge.tools.toy import MODEL
 class Model:
     """As much of an LLM as a vocabulary needs; it has more ids than its tokenizer knows."""
 
-    def __init__(self) -> None:
-        self.tokenizer = Tokenizer.load(MODEL)
+    def __init__(self, *special: str) -> None:
+        library = tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+        library.add_special_tokens(list(special))
+        self.tokenizer = Tokenizer(library)
         self.config = type("Config", (), {"vocab_size": 1100, "eos_token_ids": (1, 2)})
 
 
 VOCABULARY = Vocabulary(Model())
-END = 1
+MODELS = {False: Model(), True: Model(BEGIN, END)}  # with the tags of calls as special tokens, too
+VOCABULARIES = {special: Vocabulary(model) for special, model in MODELS.items()}
 
 
-def walk(grammar: Grammar, seed: int, most: int = 400) -> str | None:
-    """Text of random allowed tokens until the grammar ends it; None if it does not within so many."""
+def walk(grammar: Grammar, seed: int, special: bool = False) -> str:
+    """Text of random allowed tokens until the grammar ends it."""
     rng, matching, ids = np.random.default_rng(seed), grammar.start(), []
-    for _ in range(most):
+    for _ in range(400):
         allowed = np.flatnonzero(allowed_ids(matching.mask(), VOCABULARY.size))
         assert allowed.size
-        assert allowed.max() < 1024  # what the tokenizer does not know never comes
+        assert allowed.max() < 1024 + 2 * special  # what the tokenizer does not know never comes
         token = int(rng.choice(allowed))
         if token in (1, 2):
-            return b"".join(map(VOCABULARY.bytes, ids)).decode()
+            text = TaggedText(MODELS[special].tokenizer, ())
+            return text.push(ids) + text.finish()
         matching.accept(token)
         ids.append(token)
-    return None
+    raise AssertionError("the grammar does not end")
 
 
 @given(st.integers(0, 10**6))
@@ -54,22 +59,21 @@ def test_whatever_is_allowed_fits_the_schema(seed: int) -> None:
         "additionalProperties": False,
     }
     text = walk(Grammar(VOCABULARY, json_grammar(schema), "schema"), seed)
-    assert text is not None
     value = json.loads(text)
     assert value["a"] in ("x", "yes")
     assert 3 <= value.get("b", 3) <= 40
     assert set(value) <= {"a", "b"}
 
 
-@given(st.integers(0, 10**6))
-def test_a_call_is_one_that_the_parser_finds(seed: int) -> None:
+@given(st.integers(0, 10**6), st.booleans())
+def test_a_call_is_one_that_the_parser_finds(seed: int, special: bool) -> None:
+    """Also where the tags are special tokens: the model writes these then."""
     functions = [
         Function(name=name, parameters={"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"],
                                         "additionalProperties": False})
         for name in ("first", "second")
     ]  # fmt: skip
-    text = walk(Grammar(VOCABULARY, tool_call_grammar(functions), "tools"), seed)
-    assert text is not None
+    text = walk(Grammar(VOCABULARIES[special], tool_call_grammar(functions, special), "tools"), seed, special)
     content, (call,) = ToolCallParser().push(text)
     assert content == ""
     assert call.name in ("first", "second")

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from angelforge.runtime.server.tools import BEGIN, END, ToolCallParser, parse_call
+from angelforge.runtime.detokenizer import TextStream
+from angelforge.runtime.server.tools import BEGIN, END, TaggedText, ToolCallParser, parse_call
+from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.tools.toy import MODEL
 
 CALL = f'{BEGIN}\n{{"name": "f", "arguments": {{"a": "1 < 2"}}}}\n{END}'
 PARTS = st.lists(st.sampled_from([CALL, BEGIN, END, "<tool", "_call>", "<", " ", "\n", "text", "{}"]), max_size=8)
@@ -61,3 +64,12 @@ def test_arguments_are_text_of_json() -> None:
         assert call is not None
         assert json.loads(call.arguments) == {"a": 1}
     assert parse_call('{"name": "f"}').arguments == "{}"
+
+
+@given(st.lists(st.integers(0, 1023), max_size=60), st.lists(st.text("ae. ", min_size=1, max_size=2), max_size=2))
+def test_without_tags_the_text_is_the_requests(tokens: list[int], stops: list[str]) -> None:
+    """Read anew from the tokens, and cut at the same stop string."""
+    tokenizer = Tokenizer.load(MODEL)
+    stream, tagged = TextStream(tokenizer, tuple(stops)), TaggedText(tokenizer, tuple(stops))
+    expected = "".join(map(stream.push, tokens)) + stream.finish()
+    assert tagged.push(tokens[:20]) + tagged.push(tokens[20:]) + tagged.finish() == expected
