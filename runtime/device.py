@@ -145,10 +145,19 @@ class CudaDevice(Device):
         (current if stream is None else stream).wait_stream(current if other is None else other)
 
     def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None]:
-        """A CUDA graph. Other threads may go on using the device meanwhile."""
+        """A CUDA graph. Other threads may go on using the device meanwhile.
+
+        Raises AngelForgeError where something in `work` cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            raise AngelForgeError(
+                f"A step cannot be captured in a CUDA graph: {str(error).splitlines()[0]}. It runs, slower, with "
+                "run --no-cuda-graphs or LLM(cuda_graphs=False); please report this."
+            ) from error
 
         def replay() -> None:
             with torch.cuda.stream(stream):

@@ -69,6 +69,7 @@ def load_engine(
     threads: int | None = None,
     draft: bool = False,
     group: Group | None = None,
+    cuda_graphs: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """Loads the engine that was built for `target` into a bundle.
@@ -76,14 +77,14 @@ def load_engine(
     The pool has `num_pages` pages, or what `kv_memory` bytes hold, with `draft` shared with the pool of the bundle's
     draft; by default what `cpu_pages` gives, or on a GPU what is left. `threads` is for CPUs; by default all cores.
     With a `group` it is the engine of all ranks; on every rank but the first this does not return: it works for the
-    first one until that closes its engine, and then ends the process. `progress` is told bytes done and in all while
-    weights go to a GPU. Raises AngelForgeError if the engine is missing, damaged or unfit.
+    first one until that closes its engine, and then ends the process. `cuda_graphs` and `progress` (bytes done and in
+    all while weights are loaded) are for GPUs. Raises AngelForgeError if the engine is missing, damaged or unfit.
     """
     found = get_target(target)
     if found.backend != "onnxruntime":
         from angelforge.runtime.tensorrt_loading import Wish, load_tensorrt
 
-        wish = Wish(num_pages, kv_memory, max_batch, draft, progress)
+        wish = Wish(num_pages, kv_memory, max_batch, draft, cuda_graphs, progress)
         if group is not None:
             from angelforge.runtime.tensorrt_ranks import load_ranked_tensorrt
 

@@ -49,6 +49,7 @@ class LLM:
         threads: int | None = None,
         speculate: Depth = "auto",
         tensor_parallel: int = 1,
+        cuda_graphs: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Loads a bundle's engine for a target.
@@ -60,7 +61,8 @@ class LLM:
         at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or "auto", as
         many as each request's acceptance makes worth it (none without a draft). With `tensor_parallel` N, torchrun
         starts N processes that share the model and all create this: rank 0 goes on, the others never return from here;
-        they work for it until it closes and then end. `progress` is told bytes done and in all while weights go to a
+        they work for it until it closes and then end. Without `cuda_graphs` a GPU's decoding steps are launched one
+        kernel after another: slower, for finding faults. `progress` is told bytes done and in all while weights go to a
         GPU. Raises AngelForgeError if anything is missing or does not fit.
         """
         opened = Bundle.open(Path(bundle))
@@ -76,6 +78,7 @@ class LLM:
             threads=threads,
             draft=drafting,
             group=group,
+            cuda_graphs=cuda_graphs,
             progress=progress,
         )
         try:

@@ -43,6 +43,7 @@ class EngineOptions:
     on_context: Callable[[Any], None] | None = None  # is called with every IExecutionContext (a rank's communicator)
     agree: Callable[[int], int] | None = None  # on the pages of the pool, with the other ranks
     rank: int | None = None  # the graph's input of that name, where several ranks share the model
+    cuda_graphs: bool = True  # decoding is captured
     report: Progress | None = None  # of the weights
 
 
@@ -104,7 +105,9 @@ class TensorRTEngine:
         )
         depth = 0 if options.drafted is None else int(opened.manifest.options.get("draft_depth") or 0)
         self._runner = Runner(session, device, self.stream, Buckets(profiles, options.max_batch, depth), fixed)
-        self._runner.capture()
+        self.cuda_graphs = options.cuda_graphs
+        if self.cuda_graphs:
+            self._runner.capture()
 
     @property
     def states_plan(self) -> StatePlan:

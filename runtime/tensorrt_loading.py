@@ -42,6 +42,7 @@ class Wish:
     kv_memory: int | None = None  # bytes of the pool
     max_batch: int = 32
     draft: bool = False  # a draft will be loaded beside it
+    cuda_graphs: bool = True  # decoding is captured
     report: Callable[[int, int], None] | None = None  # bytes of weights loaded, and all
 
 
@@ -107,6 +108,7 @@ def load_tensorrt(bundle: Bundle, target: Target, wish: Wish, rank: Rank | None 
         on_context=rank.on_context,
         agree=rank.agree,
         rank=rank.index if rank.count > 1 else None,
+        cuda_graphs=wish.cuda_graphs,
         report=wish.report,
     )
     return TensorRTEngine(bundle, opened, machine.library, open_device(f"cuda:{rank.index}"), options)

@@ -38,6 +38,13 @@ threads_option = click.option(
     "--threads", type=click.IntRange(min=1), callback=_threads, help="CPU threads. Default: all cores."
 )
 
+cuda_graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=True,
+    show_default=True,
+    help="On a GPU, decode in CUDA graphs; without is slower, for finding faults.",
+)
+
 tensor_parallel_option = click.option(
     "--tensor-parallel",
     type=click.IntRange(min=1),

@@ -11,7 +11,13 @@ import click
 from angelforge.errors import UsageError
 from angelforge.runtime.depth import Depth
 from angelforge.runtime.sampling import SamplingParams
-from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
+from angelforge.tools.engine_options import (
+    cuda_graphs_option,
+    kv_memory_option,
+    target_option,
+    tensor_parallel_option,
+    threads_option,
+)
 from angelforge.tools.options import bundle_argument, json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.run_chat import chat
@@ -54,6 +60,7 @@ DEFAULT = SamplingParams()
 @kv_memory_option
 @threads_option
 @tensor_parallel_option
+@cuda_graphs_option
 @json_option
 @click.pass_context
 def run(
@@ -70,6 +77,7 @@ def run(
     kv_memory: int | None,
     threads: int | None,
     tensor_parallel: int,
+    cuda_graphs: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -104,6 +112,7 @@ def run(
             threads=threads,
             speculate=speculate,
             tensor_parallel=tensor_parallel,
+            cuda_graphs=cuda_graphs,
             progress=progress,
         )
     with loaded as llm:

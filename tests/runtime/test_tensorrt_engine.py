@@ -173,6 +173,17 @@ def test_captured_steps_have_sizes_of_buckets(bundle: Bundle) -> None:
     engine.close()
 
 
+def test_without_graphs_nothing_is_captured(bundle: Bundle, reference: OnnxRuntimeEngine) -> None:
+    """Steps run as they are, with the same logits."""
+    engine = load(bundle, cuda_graphs=False)
+    made = engine._runner._session._engine
+    assert made.contexts == []
+    for batch in steps(engine.config.vocab_size):
+        np.testing.assert_allclose(engine.forward(batch).numpy(), reference.forward(batch), rtol=2e-5, atol=2e-5)
+    assert made.ran == [(29, 2), (2, 2), (5, 2), (70, 1), (1, 1)]
+    engine.close()
+
+
 def test_more_rows_than_the_engine_was_built_for(engine: TensorRTEngine, reference: OnnxRuntimeEngine) -> None:
     """Scoring wants every row; the engine takes twelve at a time."""
     batch = pack([Piece(np.arange(40), 0, np.array([6], np.int32), 40)], PAGE)
@@ -227,7 +238,7 @@ def run(bundle: Bundle, *arguments: object) -> Result:
 def test_run_with_a_target(bundle: Bundle, machine: None) -> None:
     """`angelforge run --target h20` from the engine's files to text, with the draft: what `--target cpu` says."""
     common = ["--max-tokens", 8, "--max-batch", BATCH, "--speculate", 2, "--ignore-eos"]
-    found, expected = run(bundle, *common, "--target", "h20"), run(bundle, *common)
+    found, expected = run(bundle, *common, "--target", "h20", "--no-cuda-graphs"), run(bundle, *common)
     assert found.exit_code == expected.exit_code == 0, found.output
     texts = [[(out["text"], out["token_ids"]) for out in json.loads(each.stdout)] for each in (found, expected)]
     assert texts[0] == texts[1]
