@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from time import time
 from typing import Any
 
 from fastapi import Request, Response
@@ -55,10 +53,8 @@ class Chats:
             grammar = await asyncio.to_thread(Grammar, host.vocabulary, source, "tools")
         elif schema is not None:
             grammar = await asyncio.to_thread(Grammar, host.vocabulary, json_grammar(schema), "response_format")
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time()), "model": options.model}
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         tokenizer = host.service.llm.tokenizer if functions else None
-        answer = ChatAnswer(head, choices, include_usage, host.vocabulary, tokenizer, params)
+        answer = ChatAnswer(host.head("chatcmpl"), choices, body.include_usage, host.vocabulary, tokenizer, params)
         call = host.submit([prompt], choices, params, grammar)
         return await respond(request, call, answer, bool(body.stream), options.stall_seconds)
 

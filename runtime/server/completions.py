@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from time import time
 from typing import Any
 
 import numpy as np
@@ -39,11 +37,9 @@ class Completions:
             raise ApiError(400, "echo with logprobs cannot be streamed.", "stream")
         prompts = await self._prompts(body)
         params = self._params(body)
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time()), "model": options.model}
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         echo = self._texts(body, prompts) if body.echo else None
         ids = bool(body.return_token_ids)
-        answer = TextAnswer(head, choices, include_usage, host.vocabulary, echo, body.logprobs, ids)
+        answer = TextAnswer(host.head("cmpl"), choices, body.include_usage, host.vocabulary, echo, body.logprobs, ids)
         call = host.submit(prompts, choices, params)
         return await respond(request, call, answer, bool(body.stream), options.stall_seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from time import time
@@ -63,6 +64,10 @@ class Host:
         """Raises ApiError (400) for more choices of one prompt than are allowed."""
         if count > self.options.max_choices:
             raise ApiError(400, f"n is {count}, but at most {self.options.max_choices} choices are allowed.", "n")
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every object of a new answer has; its id begins with `kind`."""
+        return {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time()), "model": self.options.model}
 
     def submit(
         self, prompts: Sequence[Int64], choices: int, params: SamplingParams, grammar: Grammar | None = None

@@ -50,6 +50,11 @@ class Sampling(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     @field_validator("stop")
     @classmethod
     def _few(cls, stop: Stop) -> Stop:
