@@ -84,10 +84,12 @@ def explain_build_errors(title: str, errors: Sequence[str], nodes: Mapping[str, 
 
 def explain_run_errors(title: str, doing: str, errors: Sequence[str]) -> str:
     """One text for what TensorRT said when it would not load or run an engine; `doing` follows "cannot"."""
-    telling = [error for error in errors if not _NOISE.search(error)] or list(errors)
-    if not telling:
+    if not errors:
         return f"{title} cannot {doing} and does not say why. angelforge doctor --deep tries the machine out."
-    return f"{title} cannot {doing}: {_message(telling[0])}. {_cause(' '.join(errors))}".rstrip()
+    telling = next((error for error in errors if not _NOISE.search(error)), None)
+    if telling is None:
+        return f"{title} cannot {doing}. {_cause(errors[0])}".rstrip()
+    return f"{title} cannot {doing}: {_message(telling)}. {_cause(telling)}".rstrip()
 
 
 def _place(name: str) -> str:

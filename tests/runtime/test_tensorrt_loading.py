@@ -3,12 +3,19 @@
 from typing import Any
 
 import pytest
+from support.tensorrt import graph_bundle, quiet, rtx
 
+from angelforge.engines.build import build_tensorrt
+from angelforge.engines.limits import BuildOptions
+from angelforge.engines.manifest import engine_folder
 from angelforge.errors import AngelForgeError
-from angelforge.plugins.tensorrt.gpu import GpuFacts
+from angelforge.plugins.registry import OPERATORS
+from angelforge.plugins.tensorrt.adapter import register
+from angelforge.plugins.tensorrt.gpu import GpuFacts, find_gpu
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.runtime import tensorrt_loading
 from angelforge.runtime.tensorrt_loading import require_machine
+from angelforge.runtime.tensorrt_session import TensorrtSession
 from angelforge.targets import get_target
 
 GPU = GpuFacts("NVIDIA H20", "sm_90", 78, 102_600_000_000, "580.65.06")
@@ -62,3 +69,25 @@ def test_a_second_gpu_is_looked_for_by_number(monkeypatch: pytest.MonkeyPatch) -
     machine(monkeypatch, True, True, True)
     with pytest.raises(AngelForgeError, match="no NVIDIA GPU number 1 with"):
         require_machine(get_target("h20"), 1)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A real engine of TensorRT for RTX."""
+    library = rtx()
+    bundle = graph_bundle(tmp_path_factory.mktemp("plan"), num_hidden_layers=2)
+    built = build_tensorrt(bundle, get_target("rtx4090"), BuildOptions(max_tokens=8, max_batch=2), quiet)
+    register(library, OPERATORS.values())
+    return (engine_folder(bundle, "rtx4090") / built.engine).read_bytes()
+
+
+def test_a_damaged_plan_is_told_in_tensorrts_words(plan: bytes) -> None:
+    with pytest.raises(AngelForgeError, match=r"^TensorRT for RTX [\d.]+ cannot load the engine: .*blobSize failed\.$"):
+        TensorrtSession(rtx(), plan[:1000])
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_without_a_gpu_the_driver_is_named(plan: bytes) -> None:
+    """Making a runtime needs none, deserialising does."""
+    with pytest.raises(AngelForgeError, match=r"cannot load the engine\. The NVIDIA driver does not work"):
+        TensorrtSession(rtx(), plan)
