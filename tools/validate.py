@@ -63,6 +63,8 @@ def validate(
     """
     data = DataOptions(tokens, dialogues, count, length, chunk, padding, seed)
     chosen = _layers(layers)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"--html names a file in {html.parent}, which is no folder; make it first.")
     if not (subject / FILE).is_file() and (subject / "config.json").is_file():
         if chosen is None:
             raise UsageError(f"{subject} is a checkpoint: name layers of it with --layers 0,1, or export it first.")

@@ -64,6 +64,10 @@ class EngineGraph:
                 if found is not None:
                     self._alias[output] = found
 
+    def names(self) -> set[str]:
+        """The bundle's values that the engine's graph has."""
+        return set(self._alias)
+
     def units(self, operations: Sequence[Operation], whole: bool) -> Iterator[Unit]:
         """Pieces for `operations`, one after another; with `whole` a single one for all of them."""
         pending: list[Operation] = []

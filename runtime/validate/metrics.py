@@ -51,20 +51,27 @@ def difference(found: Array, expected: Array, most: int = 3) -> Difference:
     largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0)
     top = float(error.max())
     relative = top / float(largest) if largest else (0.0 if top == 0 else np.inf)
-    order = np.argsort(-error, axis=None, kind="stable")[:most]
-    places = [tuple(int(i) for i in np.unravel_index(place, error.shape)) for place in order]
-    worst = tuple(Worst(p, float(wanted[p]), float(had[p])) for p in places if error[p] > 0)
+    worst = tuple(Worst(p, float(wanted[p]), float(had[p])) for p in _largest(error, most)) if top else ()
     return Difference(tuple(wanted.shape), top, relative, _cosine(had, wanted), float((~same).mean()), worst)
+
+
+def _largest(error: Array, most: int) -> list[tuple[int, ...]]:
+    """Where the `most` largest errors above 0 are, largest first, the first of equal ones first."""
+    flat = error.ravel()
+    least = np.partition(flat, -most)[-most] if flat.size > most else 0.0
+    order = np.flatnonzero((flat >= least) & (flat > 0))
+    order = order[np.argsort(-flat[order], kind="stable")][:most]
+    return [tuple(int(i) for i in np.unravel_index(place, error.shape)) for place in order]
 
 
 def _cosine(had: Array, wanted: Array) -> float:
     a, b = had.ravel(), wanted.ravel()
     finite = np.isfinite(a) & np.isfinite(b)
     a, b = a[finite], b[finite]
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    norms = float(np.sqrt((a * a).sum()) * np.sqrt((b * b).sum()))  # no BLAS: its threads would wait for each other
     if norms == 0.0:
         return 1.0 if not a.any() and not b.any() else 0.0
-    return float(np.clip(a @ b / norms, -1.0, 1.0))
+    return float(np.clip((a * b).sum() / norms, -1.0, 1.0))
 
 
 def log_softmax(logits: Array) -> Array:

@@ -106,13 +106,13 @@ def _transformers(checkpoint: str) -> Logits:
             f"The Python package {error.name!r} is missing: pip install transformers torch, or use numpy:CHECKPOINT."
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, torch_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
     except (ValueError, OSError) as error:  # it does not know the architecture, or the folder
         raise AngelForgeError(
-            f"transformers cannot load {checkpoint} without code of the checkpoint: {str(error).splitlines()[0]}. "
+            f"transformers cannot load {checkpoint} without code of the checkpoint: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}. "
             "Wrap a model that you trust in a function and name it with --reference MODULE:FUNCTION."
         ) from error
-    model.eval()
+    model = model.float().eval()
 
     def logits(ids: Array) -> Array:
         with torch.no_grad():

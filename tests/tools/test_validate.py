@@ -150,6 +150,7 @@ def test_layers_of_a_checkpoint(tmp_path: Path, dtype: str, monkeypatch: pytest.
         (("--tokens", "ids.json", "--dialogues"), "exclude each other"),
         (("--random", "1", "--length", "20", "--against", "nowhere"), "nowhere"),
         (("--reference", "nothing"), "MODULE:FUNCTION"),
+        (("--html", "no/such/folder.html"), "no folder"),
     ],
 )
 def test_wrong_use_is_told(model: tuple[Path, Bundle], arguments: tuple[str, ...], said: str) -> None:
