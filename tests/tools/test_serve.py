@@ -1,17 +1,22 @@
 """`angelforge serve` on the command line: what it prints, what it refuses, how it ends."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 from click.testing import CliRunner
-from support.http_server import build_toy
+from support.http_server import build_toy, wait_until
 
+from angelforge.runtime.llm import LLM
+from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools.cli import main
 
 COMMAND = [sys.executable, "-m", "angelforge.tools", "serve"]
@@ -76,3 +81,47 @@ def test_keys_that_are_none(tmp_path: Path, content: str, told: str) -> None:
     result = CliRunner().invoke(main, ["serve", "bundle", "--api-key-file", str(tmp_path / "key")])
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+@contextmanager
+def ranks(bundle: Path) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
+    """A server over two ranks, as torchrun starts them, and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [*COMMAND, str(bundle), "--tensor-parallel", "2", "--port", "0", "--json", "--threads", "1"]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        first = processes[0].stdout
+        assert first is not None
+        yield processes, json.loads("".join(iter(first.readline, "}\n")) + "}")["url"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.full
+def test_over_two_ranks(small_checkpoint: Path, tmp_path: Path) -> None:
+    """The first answers as one rank alone; told to end, it lets requests finish and both end. A dead rank is told."""
+    bundle = tmp_path / "bundle"
+    for command in (["export", small_checkpoint, bundle], ["build", bundle], ["build", bundle, "--tensor-parallel", 2]):
+        assert CliRunner().invoke(main, list(map(str, command))).exit_code == 0
+    with LLM(bundle, threads=1) as llm:
+        (alone,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True))
+    body = {"model": "bundle", "prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    with ranks(bundle) as (processes, url):
+        answer = httpx2.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
+        assert tuple(answer.json()["choices"][0]["token_ids"]) == alone.token_ids
+        processes[0].send_signal(signal.SIGTERM)
+        assert [process.wait(30) for process in processes] == [0, 0]
+    with ranks(bundle) as (processes, url):
+        processes[1].kill()
+        wait_until(lambda: httpx2.post(f"{url}/v1/completions", json=body, timeout=60).status_code >= 500)
+        answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert "Rank 1" in answer.json()["error"]["message"]
+        httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert httpx2.get(f"{url}/health").status_code == 503
