@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support.built import relative_error
 from support.rank_program import compute
@@ -71,6 +72,7 @@ def test_fp8_ranks_compute_what_one_does(tmp_path: Path) -> None:
     sizes = {"head_dim": 128, "num_attention_heads": 4, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(**sizes), dtype="F32")
     bundle = build(export(str(checkpoint), tmp_path / "bundle", ExportOptions(precision=Precision.FP8)), 2)
+    onnx.checker.check_model(str(bundle.folder / "model.tp2.onnx"), full_check=True)  # other tools read it, too
     found, expected = shared(bundle, 2, tmp_path / "result.npz"), single(bundle)
     assert relative_error(found["logits"], expected["logits"]) < 1e-2  # one step of e4m3 somewhere is 6 %
     assert np.median(np.abs(found["logits"] - expected["logits"])) < 1e-5 * np.abs(expected["logits"]).max()
