@@ -1,4 +1,4 @@
-"""What is drawn where the logits lie has the distribution of the host's sampler; a CPU's tensors stand for a GPU's."""
+"""What is drawn where the logits lie has the distribution of the host's sampler: on a GPU if there is one."""
 
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from angelforge.runtime.sampler import sample
 from angelforge.runtime.sampling import SamplingParams
 
 REAL = 157_184  # ids of the real model
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -57,12 +58,16 @@ def asking(prompt: list[int] = (), output: list[int] = (), allowed: np.ndarray |
     return Asking(SamplingParams(**params), history, constraint)
 
 
+def there(logits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(logits).to(DEVICE)
+
+
 def on_device(logits: np.ndarray, requests: list[Asking]) -> tuple[np.ndarray, np.ndarray]:
     """Adjusted logits and probabilities of all rows, from the whole vocabulary."""
-    x = adjusted_rows(torch.from_numpy(logits), range(len(requests)), requests)
+    x = adjusted_rows(there(logits), range(len(requests)), requests)
     rules = pack_rules([request.params for request in requests], x.shape[1], Packed(x.device), np.zeros(len(requests)))
     weights = kept_weights(x, x.argmax(1, keepdim=True), rules).double()
-    return x.numpy(), (weights / weights.sum(1, keepdim=True)).numpy()
+    return x.cpu().numpy(), (weights / weights.sum(1, keepdim=True)).cpu().numpy()
 
 
 def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.ndarray]:
@@ -71,9 +76,9 @@ def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.nda
     if not narrow:
         return {}
     chosen = [requests[row] for row in narrow]
-    x = adjusted_rows(torch.from_numpy(logits), narrow, chosen)
+    x = adjusted_rows(there(logits), narrow, chosen)
     rules = [request.params for request in chosen]
-    found = candidates_of(largest_of(x, rules).numpy(), rules, x.shape[1])
+    found = candidates_of(largest_of(x, rules).cpu().numpy(), rules, x.shape[1])
     dense = np.zeros((len(narrow), logits.shape[1]))
     for row, ids, weights in zip(dense, found.ids, found.weights, strict=True):
         row[ids] = weights / weights.sum()
@@ -155,25 +160,25 @@ def test_ties_are_broken_by_the_lower_id() -> None:
     """Greedy takes the first of the largest; of equal tokens the nucleus keeps those with the lowest ids."""
     logits = np.zeros((2, 1000), np.float32)
     logits[0, [700, 31, 800]] = 5
-    assert sample_on_device(torch.from_numpy(logits), [asking(), asking()]).tolist() == [31, 0]
+    assert sample_on_device(there(logits), [asking(), asking()]).tolist() == [31, 0]
     _, found = on_device(logits, [asking(temperature=1.0, top_p=0.1), asking(temperature=1.0, top_p=0.1)])
     assert np.flatnonzero(found[1]).tolist() == list(range(100))
 
 
 def test_shares_of_draws() -> None:
     """Numbers spread evenly over [0, 1) give every token its share, and none to tokens without weight."""
-    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0])
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0], device=DEVICE)
     count = 800
-    uniform = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).unsqueeze(1)
-    ids = draw_rows(weights.repeat(count, 1), torch.full((count, 1), 4), uniform).squeeze(1)
+    uniform = ((torch.arange(count, dtype=torch.float64, device=DEVICE) + 0.5) / count).unsqueeze(1)
+    ids = draw_rows(weights.repeat(count, 1), torch.full((count, 1), 4, device=DEVICE), uniform).squeeze(1)
     assert torch.bincount(ids, minlength=6).tolist() == [0, 300, 0, 100, 400, 0]
-    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64)
-    assert draw_rows(weights.repeat(2, 1), torch.full((2, 1), 4), ends).flatten().tolist() == [1, 4]
+    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64, device=DEVICE)
+    assert draw_rows(weights.repeat(2, 1), torch.full((2, 1), 4, device=DEVICE), ends).flatten().tolist() == [1, 4]
 
 
 def test_a_token_depends_on_its_own_request_alone() -> None:
     """Alone or among others, with a seed: the same tokens again."""
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     kinds: list[dict[str, Any]] = [
         {"temperature": 1.0},
         {},
@@ -203,7 +208,7 @@ def test_tokens_with_a_top_k_are_the_hosts(data: st.DataObject, requests: list[A
         patch.setattr(device_largest, "MOST", most)
         patch.setattr(device_largest, "_TIES", 2)
         fresh = [replace(request, rng=np.random.default_rng(5)) for request in requests]
-        found = sample_on_device(torch.from_numpy(logits), fresh)
+        found = sample_on_device(there(logits), fresh)
         told = from_largest(logits, requests)
     for row, request in enumerate(requests):
         if row in told and 0 < request.params.top_k < VOCAB:
@@ -215,7 +220,7 @@ def test_tokens_with_a_top_k_are_the_hosts(data: st.DataObject, requests: list[A
 
 
 def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
-    logits = torch.zeros(4, 10)
+    logits = torch.zeros(4, 10, device=DEVICE)
     logits[0, 3], logits[1, 4], logits[2] = torch.nan, torch.inf, -torch.inf
     for params in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}, {"logit_bias": {1: 1.0}}):
         found = sample_on_device(logits, [asking(**params) for _ in range(4)])
@@ -232,7 +237,7 @@ def test_candidates_of_a_chain_are_the_hosts(data: st.DataObject, request: Askin
     rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
     logits = np.array([data.draw(rows) for _ in range(len(proposed) + 2)], np.float32)
     before = [request.history.ids.copy(), request.history.counts.copy()]
-    found = candidates_on_device(torch.from_numpy(logits), places_of(1, request, proposed))
+    found = candidates_on_device(there(logits), places_of(1, request, proposed))
     assert [a.tolist() for a in (request.history.ids, request.history.counts)] == [a.tolist() for a in before]
     for place, (ids, probabilities) in enumerate(found):
         dense = np.zeros(VOCAB)
@@ -246,7 +251,7 @@ def test_candidates_of_a_chain_are_the_hosts(data: st.DataObject, request: Askin
 
 def test_many_ties_with_the_last_candidate() -> None:
     """More than are looked at on the device: the row comes to the host, and nothing is lost."""
-    logits = torch.zeros(2, 500)
+    logits = torch.zeros(2, 500, device=DEVICE)
     logits[0, 7] = 1
     place = places_of(0, asking(temperature=1.0, top_k=2), [3])
     sizes = [len(ids) for ids, _ in candidates_on_device(logits, place)]
@@ -259,7 +264,7 @@ def test_greedy_picks_are_the_hosts(rows: list[list[float]]) -> None:
     logits = np.array(rows, np.float32)
     for params in ({}, {"repetition_penalty": 1.3, "logit_bias": {5: 1.0}}):
         requests = [asking([1, 2, 5], [5], **params) for _ in rows]
-        assert sample_on_device(torch.from_numpy(logits), requests).tolist() == sample(logits, requests).tolist()
+        assert sample_on_device(there(logits), requests).tolist() == sample(logits, requests).tolist()
 
 
 @given(
@@ -275,7 +280,7 @@ def test_proposals_are_those_of_logits_on_the_host(
     rows = st.lists(LOGIT, min_size=25, max_size=25)
     logits = np.array([data.draw(rows) for _ in requests], np.float32)
     found = []
-    for place in (lambda: logits, lambda: torch.from_numpy(logits)):
+    for place in (lambda: logits, lambda: there(logits)):
         draft = SimpleNamespace(vocabulary=vocabulary, logits=place)
         fresh = [replace(request, constraint=None, rng=np.random.default_rng(5)) for request in requests]
         asked = list(zip(fresh, chains, strict=False))

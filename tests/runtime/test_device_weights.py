@@ -1,6 +1,6 @@
 """Weights arrive on the device byte for byte, aligned, whole or in a rank's part, with a bounded amount of host memory.
 
-The device is a CPU: the code is the same, its pinned memory is ordinary memory.
+The device is a GPU if there is one, else a CPU: the code is the same, its pinned memory is ordinary memory.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from angelforge.runtime.device_weights import load_weights
 from angelforge.runtime.weight_layout import Slice, Wanted, place_weights
 from angelforge.tensorfile import TensorInfo, encode_header, read_tensor, read_tensor_file
 
-CPU = open_device("cpu")
+DEVICE = open_device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def write(path: Path, tensors: dict[str, tuple[DType, tuple[int, ...]]], seed: int = 0) -> dict[str, TensorInfo]:
@@ -54,11 +54,11 @@ def test_every_byte_arrives_aligned(tensors: dict[str, TensorInfo], monkeypatch:
     monkeypatch.setattr(device_weights, "STAGING", 4096)
     told: list[tuple[int, int]] = []
     weights = load_weights(
-        place_weights(tensors, wanted(tensors), {}), CPU, lambda done, total: told.append((done, total)), readers=3
+        place_weights(tensors, wanted(tensors), {}), DEVICE, lambda done, total: told.append((done, total)), readers=3
     )
     for name, info in tensors.items():
         assert weights.address(name) % 256 == 0
-        assert weights.bytes_of(name).numpy().tobytes() == as_bytes(read_tensor(info)), name
+        assert weights.bytes_of(name).cpu().numpy().tobytes() == as_bytes(read_tensor(info)), name
     assert told[-1] == (sum(info.nbytes for info in tensors.values()),) * 2
 
 
@@ -66,7 +66,7 @@ def test_tied_weights_share_their_bytes(tensors: dict[str, TensorInfo]) -> None:
     tied = tensors | {"head": dataclasses.replace(tensors["b"], name="head")}
     layout = place_weights(tied, wanted(tied), {})
     assert layout.nbytes == place_weights(tensors, wanted(tensors), {}).nbytes
-    weights = load_weights(layout, CPU)
+    weights = load_weights(layout, DEVICE)
     assert weights.address("head") == weights.address("b")
 
 
@@ -90,8 +90,8 @@ def test_a_rank_gets_its_part(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_weights, "STAGING", staging)
         patch.setattr(weight_layout, "_LONG_RUN", long_run)
-        weights = load_weights(layout, CPU, readers=2)
-    assert weights.bytes_of("w").numpy().tobytes() == as_bytes(expected)
+        weights = load_weights(layout, DEVICE, readers=2)
+    assert weights.bytes_of("w").cpu().numpy().tobytes() == as_bytes(expected)
 
 
 def test_all_mismatches_are_told_at_once(tensors: dict[str, TensorInfo]) -> None:
@@ -129,10 +129,10 @@ def test_files_that_changed_are_told(tensors: dict[str, TensorInfo]) -> None:
     layout, path = place_weights(tensors, wanted(tensors), {}), tensors["b"].path
     path.write_bytes(path.read_bytes()[:-100_000])
     with pytest.raises(AngelForgeError, match=r"2\.safetensors ends at byte \d+, inside a tensor.*Fetch or export"):
-        load_weights(layout, CPU)
+        load_weights(layout, DEVICE)
     path.unlink()
     with pytest.raises(AngelForgeError, match="there is no such file"):
-        load_weights(layout, CPU)
+        load_weights(layout, DEVICE)
 
 
 def test_too_little_memory_is_told_before_anything_is_read(
@@ -141,9 +141,9 @@ def test_too_little_memory_is_told_before_anything_is_read(
     layout = place_weights(tensors, wanted(tensors), {})
     for path in {info.path for info in tensors.values()}:
         path.unlink()
-    monkeypatch.setattr(CPU, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(DEVICE, "free_bytes", lambda: 1000)
     with pytest.raises(AngelForgeError, match=r"need 0\.00 GB of device memory, but 0\.00 GB are free"):
-        load_weights(layout, CPU)
+        load_weights(layout, DEVICE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
