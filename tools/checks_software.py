@@ -81,9 +81,10 @@ def check_tensorrt_rtx() -> Finding:
 
 
 def check_extras() -> list[Finding]:
-    """torch and triton: of use in some tasks only."""
+    """What is of use in some tasks only."""
     findings = []
     for extra, prevents in (
+        ("serve", "serve"),
         ("torch", "running TensorRT engines, comparing with torch"),
         ("triton", "compiling and testing GPU kernels"),
     ):
