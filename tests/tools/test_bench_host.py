@@ -18,6 +18,7 @@ def test_each_batch_is_told() -> None:
     assert [(row["batch"], row["goal"]) for row in rows] == [(1, 200.0), (3, None)]
     for row in rows:
         assert 0 < row["bind"] + row["ask"] < row["host"] <= row["slow"]
+        assert row["least"] <= row["host"]
         assert row["numpy"] > 0
     result = CliRunner().invoke(main, arguments)
     assert "NumPy sampling" in result.stdout
