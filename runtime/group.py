@@ -209,7 +209,7 @@ class Group:
         self._heartbeat.stop()
         if self.failure is None or not self._on_gpus:  # NCCL would wait for the ranks that are missing
             dist.destroy_process_group()
-        if self._restored is not None:
+        if self._restored is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._restored)
 
     def _abort(self) -> None:
