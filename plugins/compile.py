@@ -46,6 +46,8 @@ _PTX = {
     "fp8 to f16": r"cvt\.\S*f16x2\.e4m3x2",
     "f32 to fp8": r"cvt\.rn\.satfinite\.e4m3x2\.f32",
     "16-byte loads": r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10\b|cp\.async\.bulk",
+    "8-byte copies": r"cp\.async\.ca\.shared\.global[^;]*, 0x8\b",
+    "4-byte copies": r"cp\.async\.ca\.shared\.global[^;]*, 0x4\b",
     "ieee divisions": r"div\.rn\.f32",
 }
 _SASS = {"instructions": r"/\*[0-9a-f]{4,}\*/ ", "local loads": r"\bLDL\b", "local stores": r"\bSTL\b"}

@@ -51,6 +51,9 @@ def breaks(row: dict[str, Any]) -> list[str]:
         wrong["has no bf16 wgmma"] = counts["wgmma bf16"] == 0
     if row["operator"] in FP8_MATMULS | BF16_MATMULS:
         wrong["has no 16-byte loads"] = counts["16-byte loads"] == 0
+        wrong["copies weights by 4 bytes"] = counts["4-byte copies"] > 0
+        # 16 rows of 64 bytes of x are 8 for each thread: one such copy a stage, and none of weights.
+        wrong["copies weights by 8 bytes"] = counts["8-byte copies"] > row["tile"]["stages"]
     if row["operator"] in QUANTISERS:
         wrong["divides inexactly before it quantises"] = counts["ieee divisions"] == 0
         wrong["has no saturating cast to FP8"] = counts["f32 to fp8"] == 0
@@ -68,13 +71,29 @@ def test_machine_code_of_every_tile(precision: str) -> None:
 
 def test_breaks_are_seen() -> None:
     """The test above sees each kind of break."""
-    counts = dict.fromkeys(["mma.sync tf32", "fp8 to f16", "mma.sync f16", "mma.sync bf16", "wgmma bf16"], 0)
-    good = {"operator": "Fp8Linear", "tile": {}, "spills": 0, "scratch": 0, "profiles": [8], "shared": STATIC_SHARED}
-    good["counts"] = {**counts, "wgmma e4m3": 4, "16-byte loads": 9, "ieee divisions": 1, "f32 to fp8": 1}
+    counts = dict.fromkeys(
+        ["mma.sync tf32", "fp8 to f16", "mma.sync f16", "mma.sync bf16", "wgmma bf16", "4-byte copies"], 0
+    )
+    good = {
+        "operator": "Fp8Linear",
+        "tile": {"stages": 4},
+        "spills": 0,
+        "scratch": 0,
+        "profiles": [8],
+        "shared": STATIC_SHARED,
+    }
+    good["counts"] = {
+        **counts,
+        "wgmma e4m3": 4,
+        "16-byte loads": 9,
+        "ieee divisions": 1,
+        "f32 to fp8": 1,
+        "8-byte copies": 4,
+    }
     assert breaks(good) == []
     for key, value in {"spills": 1, "scratch": 8, "shared": STATIC_SHARED + 1}.items():
         assert len(breaks({**good, key: value})) == 1
-    for key, value in {**dict.fromkeys(counts, 1), "wgmma e4m3": 0, "16-byte loads": 0}.items():
+    for key, value in {**dict.fromkeys(counts, 1), "wgmma e4m3": 0, "16-byte loads": 0, "8-byte copies": 5}.items():
         assert len(breaks({**good, "counts": {**good["counts"], key: value}})) == 1
     for key in ("ieee divisions", "f32 to fp8"):
         counts = {**good["counts"], key: 0}

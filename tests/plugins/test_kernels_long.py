@@ -1,0 +1,98 @@
+"""The longest calls: 131,072 keys of a sequence, and 8192 tokens of a step, with few and small heads and experts."""
+
+import numpy as np
+import pytest
+from support.attention import Inputs, attend
+from support.bodies import run_body
+from support.expert_inputs import Sizes, assert_close, attributes_of, make_inputs
+from support.interpreter import run_interpreted, to_numpy, to_torch
+from support.routing import choose, expert_tokens
+
+from angelforge.plugins.attention_merge.kernel import KERNEL as MERGE
+from angelforge.plugins.fp8_moe_down.kernel import KERNEL as FP8_DOWN
+from angelforge.plugins.fp8_moe_gate_up.kernel import KERNEL as FP8_GATE_UP
+from angelforge.plugins.kernel import Gpu, Kernel
+from angelforge.plugins.moe_route.kernel import KERNEL as ROUTE
+from angelforge.plugins.paged_attention.kernel import KERNEL as ATTENTION
+from angelforge.plugins.paged_attention.operator import SPLIT_LENGTH, SPLIT_QUERIES
+
+FEW_SMS = Gpu("sm_90", 7)
+PAGE, DIM, HEADS = 64, 16, 2
+LONG_CONTEXT, TOKENS = 131072, 8192
+
+
+def decoding(lengths: list[int], rng: np.random.Generator) -> Inputs:
+    """One token for each sequence of so many keys, in pages of random order."""
+    counts = [-(-length // PAGE) for length in lengths]
+    order = rng.permutation(np.arange(1, 1 + sum(counts))).astype(np.int32)
+    table = np.zeros((len(lengths), max(counts)), np.int32)
+    for row, own in zip(table, np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        row[: len(own)] = own
+    return Inputs(
+        query=rng.standard_normal((len(lengths), HEADS, DIM)).astype(np.float32),
+        kv_cache=rng.standard_normal((1 + sum(counts), 2, 1, PAGE, DIM)).astype(np.float32),
+        page_table=table,
+        query_start=np.arange(len(lengths) + 1, dtype=np.int32),
+        kv_length=np.array(lengths, np.int32),
+        positions=np.array(lengths, np.int32) - 1,
+    )
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [8192, *[512] * 3],
+        pytest.param([LONG_CONTEXT], marks=pytest.mark.full),
+        pytest.param([LONG_CONTEXT, *[4096] * 31], marks=pytest.mark.full),
+    ],
+    ids=["8K beside 3 at 512", "128K", "128K beside 31 at 4K"],
+)
+def test_a_long_context_alone_and_beside_short_ones(lengths: list[int]) -> None:
+    """Attention in parts, joined, is that of all keys in float64; partial buffers are bounded by the pool."""
+    inputs = decoding(lengths, np.random.default_rng(2))
+    tensors = [to_torch(array) for array in inputs.arrays()]
+    attributes = {"scale": 0.25, "split_length": SPLIT_LENGTH, "split_queries": SPLIT_QUERIES}
+    parts = run_interpreted(ATTENTION, tensors, attributes, gpu=FEW_SMS, profile_tokens=64)
+    bound = (len(inputs.kv_cache) * PAGE // SPLIT_LENGTH + len(lengths)) * SPLIT_QUERIES
+    assert parts[1].shape == (bound, HEADS, DIM)
+    merging = [*parts, *tensors[3:5]]
+    (merged,) = run_interpreted(MERGE, merging, {"split_length": SPLIT_LENGTH}, gpu=FEW_SMS, profile_tokens=64)
+    found = to_numpy(merged).reshape(len(lengths), HEADS, DIM)
+    for row, length in enumerate(lengths):
+        keys, values = inputs.keys_and_values(row)
+        expected = attend(inputs.query[row : row + 1], keys, values, np.ones((1, length), bool), 0.25)
+        np.testing.assert_allclose(found[row], expected[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kernel", [FP8_GATE_UP, FP8_DOWN], ids=lambda kernel: kernel.operator.name)
+def test_experts_of_8192_tokens(kernel: Kernel) -> None:
+    """In the tile of prompts, 100 rows of them padding, one expert with all tokens."""
+    rng = np.random.default_rng(2)
+    ids, bits = choose(rng, TOKENS, 9, 2, 100, 1)
+    inputs = make_inputs(kernel, Sizes(TOKENS, 9, 16, 16), ids, bits, rng)
+    tensors = [to_torch(x) for x in inputs]
+    found = [
+        to_numpy(y) for y in run_interpreted(kernel, tensors, attributes_of(kernel), gpu=FEW_SMS, profile_tokens=TOKENS)
+    ]
+    assert_close(kernel, inputs, found, list(run_body(kernel.operator, inputs, attributes_of(kernel))))
+    assert (found[0][ids < 0].astype(np.float32) == 0).all()
+
+
+@pytest.mark.full
+def test_routing_of_8192_tokens() -> None:
+    """Choices and weights are the body's, the bits by expert say the same; padding is routed nowhere."""
+    rng = np.random.default_rng(2)
+    experts, real = 16, TOKENS - 92
+    inputs = [rng.standard_normal((TOKENS, experts)), np.zeros(experts), np.array([real])]
+    inputs = [*(x.astype(np.float32) for x in inputs[:2]), inputs[2].astype(np.int32)]
+    attributes = {"top_k": 2, "n_group": 4, "topk_group": 2, "num_shared_experts": 1, "routed_scaling_factor": 2.5}
+    tensors = [to_torch(x) for x in inputs]
+    ids, weights, bits = (
+        to_numpy(y) for y in run_interpreted(ROUTE, tensors, attributes, gpu=FEW_SMS, profile_tokens=TOKENS)
+    )
+    body = run_body(ROUTE.operator, inputs, attributes)
+    np.testing.assert_array_equal(ids, body[0])
+    np.testing.assert_allclose(weights, body[1], rtol=1e-5)
+    np.testing.assert_array_equal(bits, expert_tokens(ids, experts + 1))
+    assert (ids[real:] == -1).all()

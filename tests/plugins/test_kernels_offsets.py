@@ -1,0 +1,137 @@
+"""Tensors of more than 2³¹ elements: kernels write and read behind them. Only pages that are touched take memory.
+
+What is not tried: PagedAttention's writes to `partial` behind 2³¹ elements, which need as many results.
+"""
+
+import mmap
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from support.attention import attend
+from support.interpreter import run_interpreted, to_numpy, to_torch
+from support.routing import expert_tokens
+
+from angelforge.plugins.attention_merge.kernel import KERNEL as MERGE
+from angelforge.plugins.attention_merge_quantize.kernel import KERNEL as MERGE_QUANTIZE
+from angelforge.plugins.fp8_moe_down.kernel import KERNEL as FP8_DOWN
+from angelforge.plugins.fp8_moe_gate_up.kernel import KERNEL as FP8_GATE_UP
+from angelforge.plugins.kernel import Gpu, Kernel
+from angelforge.plugins.moe_down.kernel import KERNEL as DOWN
+from angelforge.plugins.moe_gate_up.kernel import KERNEL as GATE_UP
+from angelforge.plugins.paged_attention.kernel import KERNEL as ATTENTION
+from angelforge.plugins.qkv_prepare.kernel import KERNEL as QKV_PREPARE
+from angelforge.plugins.qkv_rotate.kernel import KERNEL as QKV_ROTATE
+
+LIMIT = 2**31
+ONE_SM = Gpu("sm_90", 1)
+PAGE, DIM = 64, 128  # a page of one head has 2 · 64 · 128 elements
+SIZE = 512  # channels and depth of an expert
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux; mmap names it from Python 3.11 on
+
+
+def sparse(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A tensor of zeros that takes no memory until it is touched, nor is any set aside for it."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def test_the_last_pages_of_a_large_pool_are_written_and_read() -> None:
+    """Keys and values of two tokens go where their slots say, and attention finds them there."""
+    pages = LIMIT // (2 * PAGE * DIM) + 4
+    pool = sparse(torch.bfloat16, pages, 2, 1, PAGE, DIM)
+    rng = np.random.default_rng(0)
+    qkv = to_torch(rng.standard_normal((2, 3 * DIM)).astype(ml_dtypes.bfloat16))
+    slots = torch.tensor([(pages - 1) * PAGE + 63, (pages - 2) * PAGE], dtype=torch.int32)
+    tables = [torch.ones(16, 32), torch.zeros(16, 32), torch.zeros(2, dtype=torch.int32)]  # no rotation
+    step = [*tables, slots, torch.tensor([2], dtype=torch.int32), pool]
+    attributes = {"num_heads": 1, "num_kv_heads": 1, "rotary_dim": 64}
+    run_interpreted(QKV_ROTATE, [qkv, *step], attributes, profile_tokens=8)
+    for row, (page, offset) in enumerate([(pages - 1, 63), (pages - 2, 0)]):
+        assert torch.equal(pool[page, 0, 0, offset], qkv[row, DIM : 2 * DIM])
+        assert torch.equal(pool[page, 1, 0, offset], qkv[row, 2 * DIM :])
+    assert not pool[0].any()
+
+    pool[pages - 2 :] = to_torch(rng.standard_normal((2, 2, 1, PAGE, DIM)).astype(ml_dtypes.bfloat16))
+    query = to_torch(rng.standard_normal((1, 1, DIM)).astype(ml_dtypes.bfloat16))
+    numbers = [[[pages - 2, pages - 1]], [0, 1], [2 * PAGE], [2 * PAGE - 1]]  # table, starts, lengths, positions
+    inputs = [query, pool, *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
+    attributes = {"scale": DIM**-0.5, "split_length": 256, "split_queries": 1}
+    _, partial, _, start = run_interpreted(ATTENTION, inputs, attributes, gpu=ONE_SM, profile_tokens=8)
+    keys, values = to_numpy(pool[pages - 2 :]).astype(np.float32).transpose(1, 2, 0, 3, 4).reshape(2, 1, -1, DIM)
+    expected = attend(to_numpy(query).astype(np.float32), keys, values, np.ones((1, 2 * PAGE), bool), DIM**-0.5)
+    np.testing.assert_allclose(to_numpy(partial[int(start[0])]), expected[0], atol=0.01)
+
+
+def test_prepared_keys_are_written_behind_two_to_the_31() -> None:
+    """As above with norms of queries and keys: values arrive as they are, keys with a norm of 1 by element."""
+    pages = LIMIT // (2 * PAGE * DIM) + 4
+    pool = sparse(torch.bfloat16, pages, 2, 1, PAGE, DIM)
+    qkv = to_torch(np.random.default_rng(0).standard_normal((1, 3 * DIM)).astype(ml_dtypes.bfloat16))
+    inputs: dict[str, torch.Tensor] = {
+        "qkv": qkv,
+        "q_norm": torch.ones(DIM, dtype=torch.bfloat16),
+        "k_norm": torch.ones(DIM, dtype=torch.bfloat16),
+        "rope_cos": torch.ones(16, 32),
+        "rope_sin": torch.zeros(16, 32),
+        "positions": torch.zeros(1, dtype=torch.int32),
+        "slots": torch.tensor([pages * PAGE - 1], dtype=torch.int32),
+        "num_tokens": torch.tensor([1], dtype=torch.int32),
+        "kv_cache": pool,
+    }
+    attributes = {"num_heads": 1, "num_kv_heads": 1, "rotary_dim": 64, "epsilon": 1e-6}
+    ordered = [inputs[port.name] for port in QKV_PREPARE.operator.inputs]
+    run_interpreted(QKV_PREPARE, ordered, attributes, profile_tokens=8)
+    key, value = pool[pages - 1, :, 0, PAGE - 1].float()
+    assert torch.equal(value, qkv[0, 2 * DIM :].float())
+    torch.testing.assert_close(key.square().mean(), torch.tensor(1.0), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("kernel", [MERGE, MERGE_QUANTIZE], ids=lambda kernel: kernel.operator.name)
+def test_parts_behind_two_to_the_31_are_joined(kernel: Kernel) -> None:
+    """Two parts of equal weight give their mean."""
+    heads = 1
+    capacity = LIMIT // (heads * DIM) + 10
+    partial = sparse(torch.float32, capacity, heads, DIM)
+    lse = sparse(torch.float32, capacity, heads)
+    partial[-2:] = torch.randn(2, heads, DIM, generator=torch.Generator().manual_seed(0))
+    numbers = [[capacity - 2], [0, 1], [500]]  # first row, starts, lengths
+    inputs = [torch.zeros(1, heads, DIM).bfloat16(), partial, lse]
+    inputs += [torch.tensor(values, dtype=torch.int32) for values in numbers]
+    merged, *scale = run_interpreted(kernel, inputs, {"split_length": 256}, profile_tokens=8)
+    found = merged.float().view(-1, DIM)
+    if scale:
+        found = found * scale[0].view(-1, 1)
+    torch.testing.assert_close(found, partial[-2:].mean(0), rtol=0.07, atol=0.01)
+
+
+@pytest.mark.parametrize("kernel", [GATE_UP, DOWN, FP8_GATE_UP, FP8_DOWN], ids=lambda kernel: kernel.operator.name)
+@pytest.mark.parametrize("profile", [8, 8192])
+def test_the_last_expert_of_a_large_stack_is_read(kernel: Kernel, profile: int) -> None:
+    """8,194 experts of 512 × 512: only the last one's weights are not 0, and its token gets their product."""
+    experts = LIMIT // SIZE**2 + 2
+    fp8, gate_up = kernel.operator.name.startswith("Fp8"), kernel.operator.name.endswith("GateUp")
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((1, SIZE)).astype(ml_dtypes.float8_e4m3fn if fp8 else ml_dtypes.bfloat16)
+    rows = values if gate_up else values[None]
+    inputs: list[Any] = [to_torch(rows)] + ([torch.ones(*rows.shape[:-1], SIZE // 128)] if fp8 else [])
+    products = []
+    for _ in range(2 if gate_up else 1):
+        stack = sparse(torch.uint8 if fp8 else torch.int16, experts, SIZE, SIZE)
+        weights = (rng.standard_normal((SIZE, SIZE)) / 16).astype(values.dtype)
+        stack[-1] = torch.from_numpy(weights.view(np.uint8 if fp8 else np.int16))
+        inputs += [stack.view(torch.float8_e4m3fn if fp8 else torch.bfloat16)]
+        inputs += [torch.ones(experts, SIZE // 128, SIZE // 128)] if fp8 else []
+        products.append(values.astype(np.float64) @ weights.astype(np.float64).T)
+    ids = np.array([[experts - 1]], np.int32)
+    inputs += [to_torch(ids), to_torch(expert_tokens(ids, experts))]
+    attributes = {attribute.name: 16 for attribute in kernel.operator.attributes}
+    result, *scale = run_interpreted(kernel, inputs, attributes, gpu=ONE_SM, profile_tokens=profile)
+    found = to_numpy(result).astype(np.float64).reshape(1, SIZE)
+    if scale:
+        found *= np.repeat(to_numpy(scale[0]).reshape(1, -1), 128, axis=1)
+    expected = products[0] / (1 + np.exp(-products[0])) * products[1] if gate_up else products[0]
+    np.testing.assert_allclose(found, expected, rtol=0.07, atol=0.01 * np.abs(expected).max())
