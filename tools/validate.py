@@ -20,6 +20,7 @@ from angelforge.tools.validate_data import DataOptions
 @click.option("--against", metavar="OTHER", help="Precision study: fp32, another bundle, or a checkpoint.")
 @click.option("--layer-by-layer", "by_layer", is_flag=True, help="Run each layer with the judge's inputs.")
 @click.option("--operator-by-operator", "by_operator", is_flag=True, help="Run each operator with the judge's inputs.")
+@click.option("--draft", is_flag=True, help="The engine of the bundle's draft instead, operator by operator.")
 @click.option("--layers", metavar="N,N,…", help="Only these layers; of a CHECKPOINT they need no export.")
 @click.option("--tokens", type=click.Path(path_type=Path), help="A JSON file: lists of token ids.")
 @click.option("--dialogues", is_flag=True, help="The demo's conversations.")
@@ -39,6 +40,7 @@ def validate(
     against: str | None,
     by_layer: bool,
     by_operator: bool,
+    draft: bool,
     layers: str | None,
     tokens: Path | None,
     dialogues: bool,
@@ -72,25 +74,30 @@ def validate(
     elif against is not None:
         _study(subject, against, data, html, as_json)
     else:
-        _bundle(subject, engine, reference, (by_layer, by_operator), chosen, data, html, as_json)
+        _bundle(subject, engine, reference, (by_layer, by_operator, draft), chosen, data, html, as_json)
 
 
 def _bundle(
     subject: Path,
     engine: str,
     reference: str | None,
-    modes: tuple[bool, bool],
+    modes: tuple[bool, bool, bool],
     layers: list[int] | None,
     data: DataOptions,
     html: Path | None,
     as_json: bool,
 ) -> None:
     from angelforge.tools.validate_bundle import Job, run_job
+    from angelforge.tools.validate_draft import run_draft
     from angelforge.tools.validate_page import write_page
     from angelforge.tools.validate_report import print_validation
 
     with total_progress("validate", "layers") as report:
-        result = run_job(Job(subject, engine, reference, *modes, layers, data), report)
+        by_layer, by_operator, draft = modes
+        if draft:
+            result = run_draft(subject, engine, data, report)
+        else:
+            result = run_job(Job(subject, engine, reference, by_layer, by_operator, layers, data), report)
     if html is not None:
         write_page(html, result)
     if as_json:

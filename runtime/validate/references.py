@@ -108,8 +108,9 @@ def _transformers(checkpoint: str) -> Logits:
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
     except (ValueError, OSError) as error:  # it does not know the architecture, or the folder
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise AngelForgeError(
-            f"transformers cannot load {checkpoint} without code of the checkpoint: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}. "
+            f"transformers cannot load {checkpoint} without code of the checkpoint: {reason}. "
             "Wrap a model that you trust in a function and name it with --reference MODULE:FUNCTION."
         ) from error
     model = model.float().eval()

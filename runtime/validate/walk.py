@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 import ml_dtypes
@@ -48,14 +47,18 @@ class StageValues:
     values: Mapping[str, Array]
 
 
-def walk(judge: JudgeGraph, bundle: Bundle, schedule: Schedule, weights: Path | None = None) -> Iterator[StageValues]:
+def walk(
+    judge: JudgeGraph, bundle: Bundle, schedule: Schedule, more: Sequence[Mapping[str, Array]] | None = None
+) -> Iterator[StageValues]:
     """The judge's values of every call of a stage, then of the next stage; valid until the next is asked for.
 
-    Raises:
-        AngelForgeError: ONNX Runtime cannot run a layer.
+    `more` are inputs of every call beside its batch, as a draft has them. Raises AngelForgeError where ONNX Runtime
+    cannot run a layer.
     """
-    root = weights or bundle.folder
+    root = bundle.folder
     carried: list[dict[str, Array]] = [{name: getattr(step.batch, name) for name in INPUTS} for step in schedule.steps]
+    for values, given in zip(carried, more or (), strict=False):
+        values |= given
     for number, stage in enumerate(judge.stages):
         session = OrtPiece(_stage_model(judge, stage), root)
         pool = None if stage.pool is None else _empty_pool(judge, stage, schedule.num_pages)
@@ -79,14 +82,16 @@ def compare_walk(
     *,
     by_layer: bool,
     places: Sequence[str] | None = None,
+    more: Sequence[Mapping[str, Array]] | None = None,
     report: Report | None = None,
 ) -> list[Finding]:
     """Compares all calls by layer or by operator, each given the judge's inputs, in the order of the graph.
 
-    `places` limits the comparison to some stages; the judge runs all. Raises AngelForgeError where a side cannot run.
+    `places` limits the comparison to some stages; `more` is as in `walk`. Raises AngelForgeError where a side cannot
+    run.
     """
     findings: list[Finding] = []
-    walked = walk(judge, bundle, schedule)
+    walked = walk(judge, bundle, schedule, more)
     for stage, found in compare_stages(judge, candidate, schedule, limits, walked, by_layer=by_layer, places=places):
         findings += found
         if report is not None:

@@ -12,9 +12,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         root = Path(scratch)
         judged = {kind: judged_bundle(kind, root / kind) for kind in ("fp32", "fp8")}
-        print(
-            "| planted | bundle | place | operator | tensor | relative error | worst element: expected → found | |"
-        )
+        print("| planted | bundle | place | operator | tensor | relative error | worst element: expected → found | |")
         print("|---|---|---|---|---|---|---|---|")
         for number, fault in enumerate(FAULTS):
             found = locate(judged[fault.bundle], fault, root / str(number))

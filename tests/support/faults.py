@@ -1,8 +1,10 @@
 """Faults planted in an engine under test: in its graph, in the weights that it reads, or in a kernel."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
+from angelforge.engines.manifest import DRAFT_FILE, FILE, engine_folder
 from angelforge.engines.onnxruntime_graph import optimize
 from angelforge.engines.widen import widen_activations
 from angelforge.plugins.operator import DOMAIN
@@ -32,16 +35,30 @@ class Fault:
 
 def faulty_engine(bundle: Bundle, fault: Fault, folder: Path) -> tuple[ir.Model, Path]:
     """The engine's graph as a build with the fault would write it, and the folder of the weights that it reads."""
-    model = ir.load(bundle.folder / "model.onnx")
-    if fault.graph is not None:
-        fault.graph(model)
-    widen_activations(model)
     root = bundle.folder
     if fault.weights is not None:
         root = folder / "weights-of-the-engine"
         shutil.copytree(bundle.folder, root)
         fault.weights(bundle, root)
-    return ir.from_proto(onnx.ModelProto.FromString(optimize(model))), root
+    return _built(bundle, "target", fault.graph), root
+
+
+def _built(bundle: Bundle, role: str, change: Callable[[ir.Model], None] | None) -> ir.Model:
+    model = ir.load(bundle.folder / bundle.manifest.graphs[role])
+    if change is not None:
+        change(model)
+    widen_activations(model)
+    return ir.from_proto(onnx.ModelProto.FromString(optimize(model)))
+
+
+def break_engine(bundle: Bundle, change: Callable[[ir.Model], None], role: str = "target") -> None:
+    """Puts an engine in the place of a bundle's CPU engine as a build with a bug would: graph and digest agree."""
+    folder = engine_folder(bundle, "cpu")
+    manifest = folder / (FILE if role == "target" else DRAFT_FILE)
+    told = json.loads(manifest.read_text())
+    ir.save(_built(bundle, role, change), folder / told["engine"])
+    told["engine_digest"] = sha256((folder / told["engine"]).read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(told))
 
 
 def node_of(model: ir.Model, layer: int, kind: str) -> ir.Node:
@@ -142,8 +159,9 @@ def groups_masked_with_zero(model: ir.Model) -> None:
 
 
 def swapped_gate_and_up(model: ir.Model) -> None:
-    """Layer 2's experts gate with what should be gated."""
-    node = node_of(model, 2, "MoEGateUp")
+    """Layer 2's experts, or the draft's MLP, gate with what should be gated."""
+    drafted = [node for node in model.graph if node.op_type == "GateUp"]
+    node = drafted[0] if model.graph.name == "draft" else node_of(model, 2, "MoEGateUp")
     gate, up = node.inputs[1], node.inputs[2]
     node.replace_input_with(1, up)
     node.replace_input_with(2, gate)

@@ -1,23 +1,24 @@
 """`angelforge validate` on the command line: verdict, exit code, report as text, JSON and page."""
 
 import json
-from hashlib import sha256
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from support.built import make_bundle
-from support.faults import Fault, faulty_engine, swapped_gate_and_up
+from support.faults import break_engine, swapped_gate_and_up
 
 from angelforge.bundle import Bundle
+from angelforge.engines.cpu import build_cpu
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.precision import Precision
 from angelforge.tools import validate_layers
 from angelforge.tools.cli import main
+from angelforge.tools.toy import DRAFT, MODEL
 
 SIZES = {"num_hidden_layers": 3, "vocab_size": 320}
 FEW = ("--random", "1", "--length", "20")
@@ -32,16 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
 @pytest.fixture
 def faulty(model: tuple[Path, Bundle], tmp_path: Path) -> Path:
     """The same bundle whose engine swaps gate and up in layer 2: a build with a bug would leave such files."""
-    import shutil
-
     folder = tmp_path / "bundle"
     shutil.copytree(model[1].folder, folder)
-    engine, _ = faulty_engine(model[1], Fault("", "fp32", "", "", graph=swapped_gate_and_up), tmp_path)
-    manifest = folder / "engines/cpu/manifest.json"
-    told = json.loads(manifest.read_text())
-    ir.save(engine, folder / "engines/cpu" / told["engine"])
-    told["engine_digest"] = sha256((folder / "engines/cpu" / told["engine"]).read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(told))
+    break_engine(Bundle.open(folder), swapped_gate_and_up)
     return folder
 
 
@@ -101,6 +95,17 @@ def test_only_some_layers(faulty: Path) -> None:
     assert len(first["worst"]) == 3
 
 
+def test_drafts_are_judged_too(tmp_path: Path) -> None:
+    """The toy's draft passes; with gate and up swapped its GateUp is named."""
+    bundle = export(str(MODEL), tmp_path / "bundle", ExportOptions(draft=str(DRAFT)))
+    build_cpu(bundle)
+    assert run(bundle.folder, "--draft", *FEW).exit_code == 0
+    break_engine(bundle, swapped_gate_and_up, "draft")
+    result = run(bundle.folder, "--draft", *FEW)
+    assert result.exit_code == 1
+    assert "GateUp: v_draft.midlayer.mlp.GateUp.inner" in result.stdout
+
+
 def test_precision_study(model: tuple[Path, Bundle], tmp_path: Path) -> None:
     """FP8 beside its own weights in f32, beside the f32 bundle, beside the checkpoint: the last two are the same."""
     checkpoint, bundle = model
@@ -150,6 +155,7 @@ def test_layers_of_a_checkpoint(tmp_path: Path, dtype: str, monkeypatch: pytest.
         (("--tokens", "ids.json", "--dialogues"), "exclude each other"),
         (("--random", "1", "--length", "20", "--against", "nowhere"), "nowhere"),
         (("--reference", "nothing"), "MODULE:FUNCTION"),
+        (("--draft",), "has no draft"),
         (("--html", "no/such/folder.html"), "no folder"),
     ],
 )
