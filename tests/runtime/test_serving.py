@@ -26,10 +26,10 @@ class Schedules(RuleBasedStateMachine):
         self.asked, self.cancelled = [], set()
 
     @precondition(lambda self: len(self.asked) < 9)
-    @rule(asked=ASKED)
-    def add(self, asked):
-        self.serving.add(*asked)
-        self.asked.append(asked)
+    @rule(asked=ASKED, constrained=st.sampled_from([False, False, True]))
+    def add(self, asked, constrained):
+        self.asked.append((*asked, constrained))
+        self.serving.add(*self.asked[-1])
 
     @rule(count=st.sampled_from([1, 1, 1, 2, 5]))
     def step(self, count):
@@ -83,10 +83,11 @@ class Schedules(RuleBasedStateMachine):
         for request, asked in zip(serving.requests, self.asked, strict=True):
             self.check_output(request, *asked)
 
-    def check_output(self, request, prompt, params):
+    def check_output(self, request, prompt, params, constrained):
         output = request.outbox[-1].output
         assert tuple(token for delta in request.outbox for token in delta.token_ids) == output.token_ids
-        wanted = alone(prompt, params) if params.greedy or self.draft["depth"] == 0 else self.by_itself(prompt, params)
+        drafted = self.draft["depth"] != 0 and not params.greedy and not constrained
+        wanted = (self.by_itself if drafted else alone)(prompt, params, constrained)
         if request.index in self.cancelled:
             assert output.finish_reason == "cancelled"
             assert output.token_ids == wanted.token_ids[: len(output.token_ids)]
@@ -95,12 +96,12 @@ class Schedules(RuleBasedStateMachine):
         if params.prompt_logprobs is not None:
             assert [found.token for found in output.prompt_logprobs[1:]] == prompt[1:]
 
-    def by_itself(self, prompt, params):
+    def by_itself(self, prompt, params, constrained):
         """With the same draft, and pages enough."""
         limits = self.serving.limits
         most = min(limits.max_tokens_per_step, limits.max_rows or 999) // limits.max_batch
         serving = Serving(Limits(4, 64, CONTEXT, 1, most, None), **self.draft)
-        request = serving.add(prompt, params)
+        request = serving.add(prompt, params, constrained)
         while serving.step():
             pass
         return request.outbox[-1].output

@@ -55,15 +55,29 @@ def limits_of(draw, depth=0):
     return Limits(page_size, pages, CONTEXT, batch, tokens, rows)
 
 
-def new_request(index, prompt, params, outbox=None):
+class Walk:
+    """A grammar: after each token one of eight others may come."""
+
+    def __init__(self):
+        self.last = 0
+
+    def mask(self):
+        allowed = sum(1 << (self.last * 7 + 3 * step) % VOCAB for step in range(8))
+        return np.array([allowed], np.uint32)
+
+    def accept(self, token):
+        self.last = token
+
+
+def new_request(index, prompt, params, constrained=False):
     length = min(len(prompt) + params.max_tokens, CONTEXT + 1)
     ends = frozenset() if params.ignore_eos else EOS
-    return Request(index, np.array(prompt), params, length, deque() if outbox is None else outbox, ends)
+    return Request(index, np.array(prompt), params, length, deque(), ends, constraint=Walk() if constrained else None)
 
 
-def alone(prompt, params):
+def alone(prompt, params, constrained=False):
     """The output without pages, packing, scheduling and drafts: the whole sequence again for every token."""
-    request = new_request(0, prompt, params)
+    request = new_request(0, prompt, params, constrained)
     while not request.finished:
         request.accept(int(sample(MODEL.dense_logits(request.known)[None], [request])[0]))
     return request.outbox[-1].output
@@ -86,8 +100,8 @@ class Serving:
         self.other = []  # leases of scores
         self._published = {}
 
-    def add(self, prompt, params):
-        request = new_request(len(self.requests), prompt, params)
+    def add(self, prompt, params, constrained=False):
+        request = new_request(len(self.requests), prompt, params, constrained)
         self.stepper.add(request)
         self.requests.append(request)
         return request
