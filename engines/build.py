@@ -33,6 +33,7 @@ from angelforge.targets import Target
 TIMING_CACHE = "timing.cache"
 LOGS = {"target": "build.log", "draft": "draft.log"}
 _PREFIXES = {"target": "model", "draft": "draft"}
+_SAME_MEMORY = 0.08  # cards of one kind differ by what is reserved for error correction
 _DRAFT_SHARE = 0.1  # of the time that a build of both takes
 
 
@@ -138,9 +139,11 @@ def kernel_digests(bundle: Bundle) -> dict[str, str]:
 
 
 def _check_gpu(gpu: GpuFacts, target: Target) -> None:
-    if gpu.architecture != target.architecture or gpu.sms != target.sms:
+    wanted = target.memory_bytes or gpu.memory_bytes
+    alike = abs(gpu.memory_bytes - wanted) < _SAME_MEMORY * wanted
+    if gpu.architecture != target.architecture or gpu.sms != target.sms or not alike:
         raise AngelForgeError(
-            f"TensorRT builds for the GPU at hand: this is a {gpu.name} ({gpu.architecture}, {gpu.sms} SMs), but "
-            f"{target.name} has {target.architecture} and {target.sms} SMs. Build on such a machine, or name the "
-            "target that this GPU is."
+            f"TensorRT builds for the GPU at hand: this is a {gpu.name} ({gpu.architecture}, {gpu.sms} SMs, "
+            f"{gpu.memory_bytes / 1e9:.0f} GB), but {target.name} has {target.architecture}, {target.sms} SMs and "
+            f"{wanted / 1e9:.0f} GB. Build on such a machine, or name the target that this GPU is."
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.plugins.paged_attention.operator import SPLIT_LENGTH, SPLIT_QUERIES
 from angelforge.precision import Precision
@@ -28,11 +29,12 @@ class Kind(Enum):
     SHARED = "shared experts"
     NORM = "norms"
     ROPE = "rope tables"
+    DRAFT = "draft"
 
     @property
     def split(self) -> bool:
         """Whether ranks share it: heads, intermediate widths and vocabulary are sliced, the rest is on every rank."""
-        return self not in (Kind.ROUTER, Kind.NORM, Kind.ROPE)
+        return self not in (Kind.ROUTER, Kind.NORM, Kind.ROPE, Kind.DRAFT)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,21 @@ def weight_bytes(
     whole = _totals(config, precision, max_context)
     part = _totals(rank_config(config, precision, ranks), precision, max_context)
     return tuple(WeightBytes(kind, total, part[kind]) for kind, total in whole.items())
+
+
+def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> WeightBytes:
+    """Bytes of a draft's weights, all of them on the first rank: one Llama layer, `fc`, a head, tables of its own."""
+    d = draft
+    rows = d.captured_size + 2 * d.qkv_size + d.num_attention_heads * d.head_dim + 3 * d.intermediate_size
+    norms = 4 + (len(d.capture_layers) if d.fc_norm else 0)
+    weights = d.hidden_size * (rows + d.draft_vocab_size + norms) * precision.draft.activation.itemsize
+    total = weights + max_context * d.rotary_dim * _F32 + d.draft_vocab_size * DType.I64.itemsize
+    return WeightBytes(Kind.DRAFT, total, total)
+
+
+def draft_kv_bytes_per_token(draft: DraftConfig, dtype: DType) -> int:
+    """Bytes of keys and values of one token in a draft's only layer."""
+    return 2 * draft.num_key_value_heads * draft.head_dim * dtype.itemsize
 
 
 def _totals(c: ModelConfig, precision: Precision, max_context: int) -> dict[Kind, int]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
+from angelforge.engines.built import built_activations
 from angelforge.engines.planner import Plan, PlanRequest, plan
 from angelforge.engines.profiles import StepLimits
 from angelforge.engines.shapes import MAX_VOLUME, concrete_shapes
@@ -51,6 +52,7 @@ def plan_build(bundle: Bundle, target: Target, options: BuildOptions) -> Plan:
         UsageError: impossible whatever the memory.
     """
     manifest = bundle.manifest
+    depth = draft_depth(bundle, options)
     return plan(
         PlanRequest(
             config=manifest.model,
@@ -61,6 +63,8 @@ def plan_build(bundle: Bundle, target: Target, options: BuildOptions) -> Plan:
             page_size=manifest.page_size,
             max_tokens=options.max_tokens,
             max_batch=options.max_batch,
+            draft=manifest.draft,
+            activations=built_activations(bundle, target, options.to_dict() | {"draft_depth": depth}),
         )
     )
 
@@ -76,9 +80,13 @@ def choose_limits(
         AngelForgeError: the model does not fit on the target; with the figures and what helps.
         UsageError: the options contradict each other or the graph.
     """
-    if must_fit and not planned.fits and options.pages is None:
+    if must_fit and not planned.fits:
         helps = f" What helps: {'; '.join(planned.remedies)}." if planned.remedies else ""
         raise AngelForgeError(f"The model does not fit on {planned.target}: {planned.problem}{helps}")
+    if must_fit and options.pages is not None and options.pages > planned.pages:
+        raise AngelForgeError(
+            f"{options.pages} pages were asked for, but {planned.target} has memory for {planned.pages}: lower --pages."
+        )
     manifest = bundle.manifest
     fixed: Mapping[str, int] = {
         "max_tokens": options.max_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.engines.decode_limit import DecodeLimit
 from angelforge.engines.footprint import WeightBytes
 from angelforge.errors import UsageError
@@ -29,6 +30,8 @@ class PlanRequest:
     max_tokens: int = 8192  # in one step
     max_batch: int = 32
     memory_bytes: int | None = None
+    draft: DraftConfig | None = None
+    activations: int | None = None  # bytes that an engine of these sizes takes, where one has been built
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Plan:
     weights_total: int
     weights_per_rank: int
     reserve_activations: int
+    activations_known: bool  # from a built engine; else an upper estimate
     reserve_device: int
     left: int  # for the cache; negative if the rest does not even fit
     needed: int  # memory with which one sequence of max_context fits

@@ -10,6 +10,8 @@ from angelforge.engines.decode_limit import DecodeLimit, decode_limit
 from angelforge.engines.footprint import (
     WeightBytes,
     activation_bytes,
+    draft_bytes,
+    draft_kv_bytes_per_token,
     kv_bytes_per_token,
     partial_bytes,
     weight_bytes,
@@ -34,7 +36,9 @@ def plan(request: PlanRequest) -> Plan:
     found = _plan_once(request)
     if found.fits:
         return found
-    remedies = find_remedies(request, found, lambda changed: _plan_once(changed).fits)
+    remedies = find_remedies(
+        request, found, lambda changed: _plan_once(dataclasses.replace(changed, activations=None)).fits
+    )
     return dataclasses.replace(found, remedies=remedies)
 
 
@@ -45,13 +49,19 @@ def _plan_once(request: PlanRequest) -> Plan:
     dtype = DType.F32 if target.backend == "onnxruntime" else request.precision.activation
     memory = _memory(request)
     weights = weight_bytes(c, request.precision, request.max_context, ranks)
+    if request.draft is not None:
+        weights += (draft_bytes(request.draft, request.precision, request.max_context),)
     per_rank = sum(item.per_rank for item in weights)
     part = rank_config(c, request.precision, ranks)
-    activations = activation_bytes(part, dtype, request.max_tokens, request.max_batch, ranks)
+    activations = request.activations
+    if activations is None:
+        activations = activation_bytes(part, dtype, request.max_tokens, request.max_batch, ranks)
     device = CPU_RESERVE if target.backend == "onnxruntime" else DEVICE_RESERVE
     left = memory - per_rank - activations - device
     kv = kv_bytes_per_token(part, dtype)
     page = kv * request.page_size + partial_bytes(part, request.page_size, 0)
+    if request.draft is not None:  # it has a page of its own for each of the target's
+        page += draft_kv_bytes_per_token(request.draft, dtype) * request.page_size
     pages = min(max(left, 0) // page, _LARGEST_SLOT // request.page_size)
     usable = max(pages - 1, 0)
     needed = memory - left + (_pages_of(request.max_context, request) + 1) * page
@@ -67,6 +77,7 @@ def _plan_once(request: PlanRequest) -> Plan:
         weights_total=sum(item.total for item in weights),
         weights_per_rank=per_rank,
         reserve_activations=activations,
+        activations_known=request.activations is not None,
         reserve_device=device,
         left=left,
         needed=needed,

@@ -13,7 +13,7 @@ from angelforge.engines.preparation import prepare_build
 from angelforge.engines.profiles import Profile
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
 from angelforge.engines.tensorrt_progress import Report
-from angelforge.errors import UsageError
+from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.tensorrt.library import Library, load_library
 from angelforge.precision import Precision
@@ -78,8 +78,15 @@ def preflight(bundle: Bundle, target: Target, options: BuildOptions, report: Rep
         descriptor, log = mkstemp(prefix="angelforge-preflight-", suffix=".log")
         os.close(descriptor)
         request = EngineRequest(library, architecture, prepared.profiles)
-        nbytes += len(build_engine(graph.model, request, Path(log), report))
-        os.unlink(log)  # after a failure it stays: the message names it
+        kept = False
+        try:
+            nbytes += len(build_engine(graph.model, request, Path(log), report))
+        except AngelForgeError:
+            kept = True  # the message names it
+            raise
+        finally:
+            if not kept:
+                os.unlink(log)
     return Preflight(
         target=target.name,
         architecture=target.architecture,

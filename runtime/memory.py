@@ -7,7 +7,7 @@ import os
 from angelforge.config import ModelConfig
 from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
-from angelforge.engines.footprint import kv_bytes_per_token
+from angelforge.engines.footprint import draft_kv_bytes_per_token, kv_bytes_per_token
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.machine import memory
 
@@ -30,7 +30,7 @@ def cpu_pages(
     """
     page_bytes = kv_bytes_per_token(config, DType.F32) * page_size
     if draft is not None:
-        page_bytes += 2 * draft.num_key_value_heads * draft.head_dim * DType.F32.itemsize * page_size
+        page_bytes += draft_kv_bytes_per_token(draft, DType.F32) * page_size
     budget = kv_memory if kv_memory is not None else free_memory() // _SHARE
     fitting = budget // page_bytes
     if fitting < 2:

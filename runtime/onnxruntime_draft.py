@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
 from angelforge.bundle import Bundle
 from angelforge.engines.cpu import open_draft_engine
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Batch, Float32, Int64
+from angelforge.runtime.draft_vocabulary import read_vocabulary
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from angelforge.runtime.onnxruntime_session import PooledSession
-from angelforge.tensorfile import read_tensor
 
 _DEEPEST = 16  # nothing on a CPU limits the depth; deeper chains are never right to their end
 
@@ -29,7 +28,7 @@ class OnnxRuntimeDraft:
             raise AngelForgeError(f"The bundle {bundle.folder} has no draft. Export it with --draft DIR.")
         self.config = config
         self.page_size, self.num_pages, self.max_depth = target.page_size, target.num_pages, _DEEPEST
-        self.vocabulary: Int64 = np.arange(config.draft_vocab_size) + read_tensor(bundle.tensors["draft.d2t"])
+        self.vocabulary = read_vocabulary(bundle, config)
         self._target = target
         shape = (target.num_pages, 2, config.num_key_value_heads, target.page_size, config.head_dim)
         outputs = ("hidden_out", "target_ids", "logits")

@@ -14,9 +14,10 @@ from angelforge.engines.manifest import DRAFT_FILE, EngineManifest, engine_folde
 from angelforge.engines.profiles import Profile
 from angelforge.engines.tensorrt_loading import TensorrtEngine as OpenedEngine
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Batch, Float32, Int64
+from angelforge.runtime.batch import Batch, Int64
 from angelforge.runtime.device import to_host
 from angelforge.runtime.device_weights import DeviceWeights, load_weights
+from angelforge.runtime.draft_vocabulary import read_vocabulary
 from angelforge.runtime.tensorrt_bindings import Bindings
 from angelforge.runtime.tensorrt_buckets import Buckets
 from angelforge.runtime.tensorrt_buffers import Buffer, allocate_pools, buffer_bytes, largest_of, pool_view
@@ -26,7 +27,6 @@ from angelforge.runtime.tensorrt_memory import DeviceNeeds
 from angelforge.runtime.tensorrt_runner import Fixed, Runner
 from angelforge.runtime.tensorrt_session import TensorrtSession
 from angelforge.runtime.weight_layout import place_weights
-from angelforge.tensorfile import read_tensor
 
 _OUTPUTS = ("hidden_out", "logits", "target_ids")
 _PREFIX = "draft."  # of the names of its own weights
@@ -43,7 +43,7 @@ class TensorRTDraft:
         self.config = config
         self.page_size, self.num_pages = target.page_size, target.num_pages
         self.max_depth = int(opened.manifest.options.get("draft_depth") or 0)
-        self.vocabulary: Int64 = np.arange(config.draft_vocab_size) + read_tensor(bundle.tensors["draft.d2t"])
+        self.vocabulary = read_vocabulary(bundle, config)
         self._target, device, plan = target, target.device, target.states_plan
         session = TensorrtSession(target.session_library, opened.plan)
         bindings = session.bindings(("hidden",), _OUTPUTS)
@@ -81,7 +81,8 @@ class TensorRTDraft:
         )
         buckets = Buckets(opened.profiles, target.captured_batch, self.max_depth)
         self._runner = Runner(session, device, target.stream, buckets, fixed, self._gather)
-        self._runner.capture()
+        if target.cuda_graphs:
+            self._runner.capture()
 
     @property
     def pool(self) -> Any:
@@ -96,10 +97,9 @@ class TensorRTDraft:
         """One step on the first T states that this draft's last call handed on."""
         return self._run(batch, np.arange(self._own, self._own + batch.input_ids.shape[0]))
 
-    def logits(self) -> Float32:
-        """Logits f32 [R, draft vocabulary] of the last call, on the host: only requests that sample ask for them."""
-        values: Float32 = to_host(self._logits.tensor[: self._rows])
-        return values
+    def logits(self) -> Any:
+        """Logits f32 [R, draft vocabulary] of the last call, a torch.Tensor on the device; valid until the next."""
+        return self._logits.tensor[: self._rows]
 
     def close(self) -> None:
         """Gives engine, weights and pool back."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What to build for.")
 @click.option("--max-tokens", type=int, help="Tokens in one step.  [default: 8192]")
 @click.option("--max-batch", type=int, help="Sequences in one step.  [default: 32]")
-@click.option("--draft-depth", type=int, help="Draft tokens verified for each sequence in a step.  [default: 0]")
+@click.option("--draft-depth", type=int, help="Draft tokens verified for each sequence.  [default: 3 with a draft]")
 @click.option("--pages", type=int, help="Pages of the KV cache.  [default: what memory the plan leaves]")
 @click.option("--tensor-parallel", type=int, help="Devices that share the model.  [default: 1]")
 @click.option("--optimization-level", type=int, help="TensorRT's builder level, 0 to 5.  [default: TensorRT's own]")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -9,15 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.engines.decode_limit import decode_limit, touched_experts
-from angelforge.engines.footprint import Kind, WeightBytes, kv_bytes_per_token, weight_bytes
+from angelforge.engines.footprint import (
+    Kind,
+    WeightBytes,
+    draft_bytes,
+    draft_kv_bytes_per_token,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 from angelforge.engines.planner import Plan, PlanRequest, plan
 from angelforge.errors import UsageError
+from angelforge.exporter.draft_layout import draft_tensors
 from angelforge.exporter.layout import bundle_tensors
 from angelforge.exporter.pieces import SameBytes
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config
 from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.exporter.synthetic_draft import FULL_DRAFT_CONFIG
 from angelforge.precision import Precision
 from angelforge.targets import TARGETS, get_target
 
@@ -152,7 +163,7 @@ def test_weights_by_kind_are_those_of_the_packer(
         quantization_config=FP8_BLOCK if precision is Precision.FP8 else None,
     )
     config = ModelConfig.from_dict(raw)
-    expected = dict.fromkeys(Kind, 0)
+    expected = dict.fromkeys((kind for kind in Kind if kind is not Kind.DRAFT), 0)
     for tensor in bundle_tensors(config, precision, 500):
         if isinstance(tensor.source, SameBytes):  # a tied head: the one table is counted as the head
             expected[Kind.EMBEDDING], expected[Kind.HEAD] = 0, expected[Kind.EMBEDDING]
@@ -273,3 +284,37 @@ def test_to_dict_is_json() -> None:
     assert saved["weights"][5]["kind"] == "routed experts"
     assert saved["weights"][5]["split"] is True
     assert saved["weights_per_rank"] == sum(item["per_rank"] for item in saved["weights"])
+
+
+def draft_of(**changes: Any) -> DraftConfig:
+    """A draft for AntAngelMed, of the size that is published for it."""
+    return DraftConfig.from_dict({**FULL_DRAFT_CONFIG, **changes}, FULL)
+
+
+@pytest.mark.parametrize("changes", [{}, {"fc_norm": True}, {"num_key_value_heads": 2}])
+def test_a_drafts_weights_are_those_of_the_bundle(changes: dict[str, Any]) -> None:
+    """Byte for byte what export writes for it."""
+    draft = draft_of(**changes)
+    for precision in (Precision.FP8, Precision.FP32):
+        written = sum(math.prod(t.shape) * t.dtype.itemsize for t in draft_tensors(draft, precision, 4096))
+        assert draft_bytes(draft, precision, 4096).total == written
+    assert draft_kv_bytes_per_token(draft, DType.BF16) == 2 * 2 * draft.num_key_value_heads * draft.head_dim
+
+
+def test_a_draft_takes_weights_and_pages() -> None:
+    """What it needs is missing from the target's cache: its weights once, and its keys and values for every page."""
+    draft = draft_of()
+    without, found = planned("h20-141g"), planned("h20-141g", draft=draft)
+    weights = draft_bytes(draft, Precision.FP8, FULL.max_context).total
+    assert without.left - found.left == weights
+    assert found.page_bytes - without.page_bytes == 64 * draft_kv_bytes_per_token(draft, DType.BF16)
+    assert found.weights[-1] == WeightBytes(Kind.DRAFT, weights, weights)
+    assert found.pages < without.pages
+
+
+def test_a_built_engine_tells_its_activations() -> None:
+    """They take the place of the estimate, but not in what is tried as a remedy."""
+    found = planned("h200", activations=123_000_000)
+    assert (found.reserve_activations, found.activations_known) == (123_000_000, True)
+    assert not planned("h200").activations_known
+    assert planned("h20", activations=123_000_000).remedies == planned("h20").remedies

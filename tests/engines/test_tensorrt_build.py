@@ -255,8 +255,15 @@ def test_tensorrt_builds_on_its_own_gpu_only(bundle: Bundle, monkeypatch: pytest
         build_tensorrt(bundle, get_target("h20"), SMALL, quiet)
     h200 = GpuFacts("NVIDIA H200", "sm_90", 132, 150_000_000_000, "580.1")
     monkeypatch.setattr("angelforge.plugins.tensorrt.gpu.find_gpu", lambda: h200)
-    with pytest.raises(AngelForgeError, match=r"this is a NVIDIA H200 .sm_90, 132 SMs., but h20 has sm_90 and 78 SMs"):
+    refused = r"this is a NVIDIA H200 .sm_90, 132 SMs, 150 GB., but h20 has sm_90, 78 SMs and 103 GB"
+    with pytest.raises(AngelForgeError, match=refused):
         build_tensorrt(bundle, get_target("h20"), SMALL, quiet)
+    # The same chip with other memory: the pool would be too large, or too small.
+    for memory, name in ((102_600_000_000, "h20-141g"), (150_700_000_000, "h20")):
+        h20 = GpuFacts("NVIDIA H20", "sm_90", 78, memory, "580.1")
+        monkeypatch.setattr("angelforge.plugins.tensorrt.gpu.find_gpu", lambda h20=h20: h20)
+        with pytest.raises(AngelForgeError, match=f"but {name} has sm_90, 78 SMs and"):
+            build_tensorrt(bundle, get_target(name), SMALL, quiet)
 
 
 def test_ranks_need_their_graph(bundle: Bundle) -> None:

@@ -58,6 +58,7 @@ def test_preflight_says_what_it_proves(bundle: Path) -> None:
         (("--tensor-parallel", 0), 2, "cannot be split over 0 ranks"),
         (("--target", "rtx4090", "--optimization-level", 9), 2, "TensorRT has 0 to 5"),
         (("--target", "rtx4090", "--pages", 3), 2, "The pool has 3 pages"),
+        (("--target", "rtx4090", "--pages", 10**7), 1, "has memory for"),
         (("--target", "h21"), 2, "h20-141g"),
     ],
 )
