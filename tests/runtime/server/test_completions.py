@@ -116,9 +116,11 @@ def test_penalties_and_bias_reach_the_sampler(server: Running) -> None:
     assert text_of(server, **options, logit_bias={str(first): 100}) == " I"
     banned = server.llm.tokenizer.encode(plain)[0]
     assert text_of(server, **options, logit_bias={str(banned): -100}) != plain
-    free = text_of(server, **options | {"max_tokens": 40})
-    assert text_of(server, **options | {"max_tokens": 40}, presence_penalty=2) != free
-    assert text_of(server, **options | {"max_tokens": 40}, frequency_penalty=2) != free
+    long = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    prompts = [CALL, "My chest hurts.", "I am 34 years old.", "What is triage?"]
+    free = [text_of(server, prompt, **long) for prompt in prompts]
+    assert [text_of(server, prompt, presence_penalty=2, **long) for prompt in prompts] != free
+    assert [text_of(server, prompt, frequency_penalty=2, **long) for prompt in prompts] != free
 
 
 def test_an_output_ends_with_the_context(server: Running) -> None:
