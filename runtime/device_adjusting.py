@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from angelforge.runtime.batch import Float32
     from angelforge.runtime.constraint import Constraint
     from angelforge.runtime.history import Counted
     from angelforge.runtime.sampling import SamplingParams
@@ -137,35 +138,29 @@ def pack_adjustments(
 
 
 def _pack_penalties(packed: Packed, vocab: int, seen: Sequence[tuple[int, Asked]]) -> None:
-    pieces: list[tuple[slice, int, Counted, SamplingParams]] = []  # where in the arrays, where in the logits
-    end = 0
-    for place, request in seen:
-        assert request.history is not None
-        begin, end = end, end + request.history.ids.shape[0]
-        pieces.append((slice(begin, end), place * vocab, request.history, request.params))
+    histories = [request.history for _, request in seen if request.history is not None]
+    assert len(histories) == len(seen)
+    sizes = [history.ids.shape[0] for history in histories]
+    total = sum(sizes)
 
     def places(view: Any) -> None:
-        for part, start, history, _ in pieces:
-            np.add(history.ids, start, out=view[part])
+        begin = 0
+        for (place, _), history, size in zip(seen, histories, sizes, strict=True):
+            np.add(history.ids, place * vocab, out=view[begin : begin + size])
+            begin += size
 
-    def repetition(view: Any) -> None:
-        for part, _, _, params in pieces:
-            view[part] = params.repetition_penalty
+    def each(name: str) -> Float32:
+        """A penalty for every id f32 [m]: one call for all is faster than one for each request."""
+        return np.repeat(np.array([getattr(request.params, name) for _, request in seen], np.float32), sizes)
 
-    def frequency(view: Any) -> None:
-        for part, _, history, params in pieces:
-            np.multiply(history.counts, np.float32(params.frequency_penalty), out=view[part])
-
-    def presence(view: Any) -> None:
-        for part, _, history, params in pieces:
-            np.multiply(history.counts > 0, np.float32(params.presence_penalty), out=view[part])
-
-    packed.fill("seen", np.int64, (end,), places)
-    asked = [params for _, _, _, params in pieces]
-    for name, write, used in (
-        ("repetition", repetition, any(params.repetition_penalty != 1.0 for params in asked)),
-        ("frequency", frequency, any(params.frequency_penalty != 0.0 for params in asked)),
-        ("presence", presence, any(params.presence_penalty != 0.0 for params in asked)),
-    ):
-        if used:
-            packed.fill(name, np.float32, (end,), write)
+    packed.fill("seen", np.int64, (total,), places)
+    asked = [request.params for _, request in seen]
+    if any(params.repetition_penalty != 1.0 for params in asked):
+        packed.add("repetition", each("repetition_penalty"))
+    if all(params.frequency_penalty == params.presence_penalty == 0.0 for params in asked):
+        return
+    counts = np.concatenate([history.counts for history in histories])
+    if any(params.frequency_penalty != 0.0 for params in asked):
+        packed.add("frequency", counts * each("frequency_penalty"))
+    if any(params.presence_penalty != 0.0 for params in asked):
+        packed.add("presence", (counts > 0) * each("presence_penalty"))

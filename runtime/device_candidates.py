@@ -12,7 +12,7 @@ import torch
 from angelforge.runtime.batch import Int64
 from angelforge.runtime.device import to_host
 from angelforge.runtime.device_adjusting import adjusted_rows
-from angelforge.runtime.device_largest import candidates_of, is_narrow, largest_of
+from angelforge.runtime.device_largest import RowRules, candidates_of, is_narrow, largest_of
 from angelforge.runtime.distribution import Float64, candidates
 from angelforge.runtime.history import Seen
 
@@ -57,8 +57,8 @@ def candidates_on_device(logits: torch.Tensor, places: Sequence[Place]) -> list[
     if narrow:
         chosen = [places[i] for i in narrow]
         x = adjusted_rows(logits, [place.row for place in chosen], chosen)
-        rules = [place.params for place in chosen]
-        found = candidates_of(to_host(largest_of(x, rules)), rules, x.shape[1])
+        rules = RowRules.of([place.params for place in chosen], x.shape[1])
+        found = candidates_of(to_host(largest_of(x, rules)), rules)
         for i, ids, weights, count, decided in zip(
             narrow, found.ids, found.weights, found.count, found.decided, strict=True
         ):

@@ -41,12 +41,11 @@ def is_narrow(params: SamplingParams, vocab: int) -> bool:
     return params.greedy or 0 < top_k <= MOST or (top_k == 0 and (params.top_p < 1 or params.min_p > 0))
 
 
-def largest_of(x: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def largest_of(x: torch.Tensor, rules: RowRules) -> torch.Tensor:
     """What the host needs of each row of `x` f32 [n, vocab]: f32 [n, 2 W] or [n, 2 W + 2], for `candidates_of`.
 
     The W largest logits, the bits of their ids, and where a row has no top-k those of its weights' sum, an f64.
     """
-    rules = _Rules.of(params, x.shape[1])
     top = x.topk(rules.width)
     columns = [top.values, top.indices.int().view(torch.float32)]
     if rules.any_wide:
@@ -58,10 +57,9 @@ def largest_of(x: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
     return torch.cat(columns, 1)
 
 
-def candidates_of(table: Float32, params: Sequence[SamplingParams], vocab: int) -> Candidates:
+def candidates_of(table: Float32, rules: RowRules) -> Candidates:
     """What can come next in each row; `table` is what `largest_of` made of them, on the host."""
-    rules = _Rules.of(params, vocab)
-    width, every = rules.width, np.arange(len(params))
+    width, every = rules.width, np.arange(len(table))
     values, ids = table[:, :width], table[:, width : 2 * width].view(np.int32).astype(np.int64)
     finite = np.isfinite(values[:, 0])  # NaN counts as the largest
     values, ids = _in_order(values, ids)
@@ -81,7 +79,7 @@ def candidates_of(table: Float32, params: Sequence[SamplingParams], vocab: int) 
         kept[rules.greedy] = np.arange(width) == 0
     weights[~kept] = 0.0
     count = np.where(finite, kept.sum(1), 0)
-    return Candidates(ids, weights, count, (width == vocab) | ~finite | ~undecided)
+    return Candidates(ids, weights, count, rules.complete | ~finite | ~undecided)
 
 
 def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
@@ -98,7 +96,7 @@ def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rules:
+class RowRules:
     """Rules of n rows as arrays."""
 
     width: int  # W, logits that are looked at in every row
@@ -109,9 +107,11 @@ class _Rules:
     min_p: Float64  # [n]
     wide: Bool  # [n] whether there is no top-k
     any_wide: bool
+    complete: bool  # the whole vocabulary is looked at
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab: int) -> _Rules:
+    def of(cls, params: Sequence[SamplingParams], vocab: int) -> RowRules:
+        """Of each row's parameters."""
         rows = [
             (1.0, 1, 1.0, 0.0)
             if each.greedy
@@ -131,10 +131,11 @@ class _Rules:
             min_p=min_p,
             wide=wide,
             any_wide=any_wide,
+            complete=width == vocab,
         )
 
 
-def _keep_likely(kept: Bool, values: Float32, weights: Float64, total: Float64, rules: _Rules) -> Bool:
+def _keep_likely(kept: Bool, values: Float32, weights: Float64, total: Float64, rules: RowRules) -> Bool:
     """Takes from `kept` [n, W] what top-p and min-p leave out; whether either says where the candidates end [n]."""
     ended = np.zeros(len(kept), bool)
     nucleus = rules.top_p < 1

@@ -16,7 +16,7 @@ from angelforge.runtime.batch import Int64
 from angelforge.runtime.device import to_host
 from angelforge.runtime.device_adjusting import Packed, adjusted_rows
 from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
-from angelforge.runtime.device_largest import candidates_of, draw_each, is_narrow, largest_of
+from angelforge.runtime.device_largest import RowRules, candidates_of, draw_each, is_narrow, largest_of
 from angelforge.runtime.sampler import is_argmax
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def sample_on_device(logits: torch.Tensor, requests: Sequence[Drawing]) -> Int64
     narrow = [place for place, request in enumerate(asked) if is_narrow(request.params, x.shape[1])]
     whole = sorted(set(range(len(asked))) - set(narrow))
     # All work is handed out before the first result is waited for.
-    rules = [asked[place].params for place in narrow]
-    table = largest_of(_rows_of(x, narrow), rules) if narrow else None
+    rules = RowRules.of([asked[place].params for place in narrow], x.shape[1]) if narrow else None
+    table = largest_of(_rows_of(x, narrow), rules) if rules is not None else None
     drawn = draw_from_all(x, whole, asked) if whole else None
     ids = np.empty(len(asked), np.int64)
-    if table is not None:
-        found = candidates_of(to_host(table), rules, x.shape[1])
+    if table is not None and rules is not None:
+        found = candidates_of(to_host(table), rules)
         ids[narrow] = draw_each(found, [asked[place] for place in narrow])
         if undecided := [place for place, decided in zip(narrow, found.decided, strict=True) if not decided]:
             ids[undecided] = to_host(draw_from_all(x, undecided, asked))

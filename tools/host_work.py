@@ -19,7 +19,7 @@ from angelforge.exporter.synthetic_config import FULL_CONFIG
 from angelforge.runtime.batch import Batch, Float32, Int64
 from angelforge.runtime.device import open_device
 from angelforge.runtime.device_adjusting import pack_adjustments
-from angelforge.runtime.device_largest import candidates_of, draw_each, largest_of
+from angelforge.runtime.device_largest import RowRules, candidates_of, draw_each, largest_of
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.packing import Padding
@@ -89,15 +89,15 @@ class Drawn:
         self.seconds = 0.0
 
     def __call__(self, logits: Float32, requests: Sequence[Request]) -> Int64:
-        count, rules = len(requests), [request.params for request in requests]
+        count, params = len(requests), [request.params for request in requests]
         if not self._on_host and count not in self._tables:
-            self._tables[count] = largest_of(torch.from_numpy(logits), rules).numpy()
+            self._tables[count] = largest_of(torch.from_numpy(logits), RowRules.of(params, VOCAB)).numpy()
         begin = perf_counter()
         if self._on_host:
             ids = sample(logits, requests)
         else:
             pack_adjustments(logits.shape, range(count), requests, self._cpu)
-            draw_each(candidates_of(self._tables[count], rules, VOCAB), requests)
+            draw_each(candidates_of(self._tables[count], RowRules.of(params, VOCAB)), requests)
             self._next = (self._next + count) % 4000
             ids = self._ids[self._next : self._next + count]
         self.seconds = perf_counter() - begin

@@ -14,7 +14,7 @@ from angelforge.runtime import device_distribution, device_largest
 from angelforge.runtime.device_adjusting import Packed, adjusted_rows
 from angelforge.runtime.device_candidates import candidates_on_device, places_of
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
-from angelforge.runtime.device_largest import candidates_of, is_narrow, largest_of
+from angelforge.runtime.device_largest import RowRules, candidates_of, is_narrow, largest_of
 from angelforge.runtime.device_sampling import pack_rules, sample_on_device
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
@@ -77,8 +77,8 @@ def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.nda
         return {}
     chosen = [requests[row] for row in narrow]
     x = adjusted_rows(there(logits), narrow, chosen)
-    rules = [request.params for request in chosen]
-    found = candidates_of(largest_of(x, rules).cpu().numpy(), rules, x.shape[1])
+    rules = RowRules.of([request.params for request in chosen], x.shape[1])
+    found = candidates_of(largest_of(x, rules).cpu().numpy(), rules)
     dense = np.zeros((len(narrow), logits.shape[1]))
     for row, ids, weights in zip(dense, found.ids, found.weights, strict=True):
         row[ids] = weights / weights.sum()
