@@ -26,7 +26,7 @@ class Row:
     least: float  # of the same, the fastest step: what other programs disturb least
     slow: float  # of the same, what 99 % of the steps do not exceed
     bind: float  # of it: choosing the captured size, padding, the one copy
-    ask: float  # of it: what sampling on a device has to be told
+    ask: float  # of it: what a device that samples is told, and the rules on the few logits that come back
     numpy: float  # what sampling in NumPy takes instead of `ask`
     goal: float | None
 
