@@ -19,7 +19,7 @@ SUMMARIES = {
     "score": "Write the logits at every position of token ids.",
     "validate": "Compare a bundle with ONNX Runtime, tensor by tensor.",
     "inspect": "Show what a bundle, checkpoint or safetensors file holds.",
-    "bench": "Measure packing, header checks, steps, kernels, generation and servers.",
+    "bench": "Measure packing, header checks, steps, kernels, decoding, servers.",
     "serve": "Serve a built bundle over HTTP.",
     "demo": "Make, compile and run a small model; everything at once.",
 }
