@@ -15,7 +15,7 @@ from angelforge.tools.validate_data import DataOptions
 
 @click.command()
 @click.argument("subject", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("--engine", default="cpu", show_default=True, help="What is judged: a target's engine, or `kernels`.")
+@click.option("--engine", default="cpu", show_default=True, help="A target's engine, `kernels`, or `cuda`.")
 @click.option("--reference", metavar="REF", help="Also numpy:CHECKPOINT, transformers:CHECKPOINT or MODULE:FUNCTION.")
 @click.option("--against", metavar="OTHER", help="Precision study: fp32, another bundle, or a checkpoint.")
 @click.option("--layer-by-layer", "by_layer", is_flag=True, help="Run each layer with the judge's inputs.")

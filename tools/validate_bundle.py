@@ -13,6 +13,7 @@ from angelforge.bundle import Bundle
 from angelforge.engines.cpu import open_engine
 from angelforge.errors import UsageError
 from angelforge.runtime.validate.compare import Finding
+from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner, cuda_providers
 from angelforge.runtime.validate.data import Schedule
 from angelforge.runtime.validate.engine_graph import EngineGraph
 from angelforge.runtime.validate.kernel_graph import KernelGraph
@@ -26,7 +27,7 @@ from angelforge.runtime.validate.whole import compare_whole
 from angelforge.targets import get_target
 from angelforge.tools.validate_data import DataOptions, make_schedule
 
-KERNELS = "kernels"
+KERNELS, CUDA = "kernels", "cuda"
 Report = Callable[[int, int], None]
 
 
@@ -52,7 +53,7 @@ def run_job(job: Job, report: Report) -> Validation:
     """
     bundle = Bundle.open(job.subject)
     bundle.require_weights()
-    as_stored = job.engine == KERNELS or get_target(job.engine).backend != "onnxruntime"
+    as_stored = not _in_f32(job.engine)
     limits = thresholds(bundle.manifest.precision, as_stored)
     planned, told = make_schedule(bundle, job.data)
     places = _places(bundle, job.layers)
@@ -97,15 +98,24 @@ def _walk(
 def _runner(bundle: Bundle, engine: str, planned: Schedule) -> BundleRunner:
     if engine == KERNELS:
         return KernelRunner(bundle, planned.num_pages)
+    if engine == CUDA:
+        return ProviderRunner(bundle, "ONNX Runtime CUDA on the graph", cuda_providers(), planned.num_pages)
     return EngineRunner(bundle, engine, planned.num_pages)
 
 
 def _candidate(bundle: Bundle, engine: str, judge: JudgeGraph) -> Candidate:
     """What can be run in pieces: the CPU engine's graph; for a GPU engine the kernels that are its operators."""
-    if engine != KERNELS and get_target(engine).backend == "onnxruntime":
+    if engine == CUDA:
+        return ProviderGraph(bundle, judge, cuda_providers())
+    if engine != KERNELS and _in_f32(engine):
         model = ir.from_proto(onnx.ModelProto.FromString(open_engine(bundle)))
         return EngineGraph(model, bundle.folder, judge)
     return KernelGraph(bundle)
+
+
+def _in_f32(engine: str) -> bool:
+    """Whether it widens bf16 and not stores it."""
+    return engine == CUDA or (engine != KERNELS and get_target(engine).backend == "onnxruntime")
 
 
 def _places(bundle: Bundle, layers: list[int] | None) -> list[str] | None:

@@ -18,6 +18,8 @@ from angelforge.errors import AngelForgeError
 
 Array = NDArray[Any]
 Values = Mapping[str, Array]
+Provider = tuple[str, dict[str, str]]
+CPU: Provider = ("CPUExecutionProvider", {})
 _FP8 = ir.DataType.FLOAT8E4M3FN
 
 
@@ -42,7 +44,9 @@ def cut(
 class OrtPiece:
     """A session of a piece; as it is built for one comparison, nothing of it is optimised."""
 
-    def __init__(self, model: ir.Model, weights_root: Path, threads: int = 0) -> None:
+    def __init__(
+        self, model: ir.Model, weights_root: Path, threads: int = 0, providers: Sequence[Provider] = (CPU,)
+    ) -> None:
         """`weights_root` is the folder that the weights' locations are relative to.
 
         Raises:
@@ -55,7 +59,7 @@ class OrtPiece:
         self._types = {str(v.name): v.dtype for v in model.graph.inputs}
         try:
             self._session = onnxruntime.InferenceSession(
-                ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+                ir.to_proto(model).SerializeToString(), options, providers=list(providers)
             )
         except ONNXRUNTIME_ERRORS as error:
             raise AngelForgeError(

@@ -10,10 +10,15 @@ from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.exporter.export import ExportOptions
 from angelforge.precision import Precision
+from angelforge.runtime.validate import cuda_graph
+from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner
+from angelforge.runtime.validate.cutting import CPU
 from angelforge.runtime.validate.data import Schedule, random_sequences, schedule
+from angelforge.runtime.validate.operations import judge_graph
 from angelforge.runtime.validate.references import load_reference_for
 from angelforge.runtime.validate.runners import EngineRunner, JudgeRunner, ReferenceRunner, written
 from angelforge.runtime.validate.thresholds import F32
+from angelforge.runtime.validate.walk import compare_walk
 from angelforge.runtime.validate.whole import compare_whole
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 320, "max_position_embeddings": 64}
@@ -93,3 +98,20 @@ def test_what_a_call_wrote_is_read_from_any_pool() -> None:
     np.testing.assert_array_equal(found, [pool[2, :, :, 1], pool[1, :, :, 0]])
     np.testing.assert_array_equal(written(torch.from_numpy(pool), feed), found)
     assert written(torch.from_numpy(pool).bfloat16(), feed).dtype == np.float32
+
+
+def test_other_providers_run_the_graph(model: tuple[Path, Bundle]) -> None:
+    """The way of `--engine cuda`, here with the CPU in its place: whole and operator by operator."""
+    bundle, planned = model[1], packed(20)
+    runner = ProviderRunner(bundle, "again", [CPU], planned.num_pages)
+    assert compare_whole(JudgeRunner(bundle, planned.num_pages), runner, planned, F32).ok
+    judge = judge_graph(bundle)
+    found = compare_walk(judge, ProviderGraph(bundle, judge, [CPU]), bundle, planned, F32, by_layer=False)
+    assert len(found) > 30
+    assert all(finding.error == 0 for finding in found)
+
+
+def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "find_gpu", lambda: None)
+    with pytest.raises(AngelForgeError, match="needs an NVIDIA GPU"):
+        cuda_graph.cuda_providers()
