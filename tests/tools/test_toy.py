@@ -1,4 +1,4 @@
-"""The toy: what is stored is what the script makes, and the torch modules that are trained are the model."""
+"""The toy: the stored one has learnt, training is repeatable, and the torch modules that are trained are the model."""
 
 import json
 import random
