@@ -24,14 +24,22 @@ BF16_ONLY = {"Norm", "AttentionMerge", "GateUp", "MoEGateUp", "MoEDown"}  # the 
 
 
 @cache
-def rows(precision: str, *options: str) -> dict[str, Any]:
-    """The table of one precision."""
+def rows(precision: str, *options: str, packages: Path | None = None) -> dict[str, Any]:
+    """The table of one precision; with `packages`, by the Triton in that folder."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if packages is not None:
+        environment["PYTHONPATH"] = str(packages)
     command = [sys.executable, "-m", "angelforge.tools.kernel_table", "--json", precision, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(result.stdout)
     return found
+
+
+def resident(row: dict[str, Any]) -> int:
+    """Blocks that an SM of sm_90 holds at once: 65,536 registers, given out by 8; 228 KB, one of them each block's."""
+    registers = -(-row["registers"] // 8) * 8 * 32 * row["tile"]["warps"]
+    return int(min(65536 // registers, 228 * 1024 // (row["shared"] + 1024)))
 
 
 def breaks(row: dict[str, Any]) -> list[str]:
@@ -41,6 +49,7 @@ def breaks(row: dict[str, Any]) -> list[str]:
         "spills": row["spills"] > 0,
         "has scratch buffers, which TensorRT does not give": row["scratch"] > 0,
         "has a decode tile of more than 48 KB": min(row["profiles"]) <= DECODE_TOKENS and row["shared"] > STATIC_SHARED,
+        "has more blocks an SM than it holds": resident(row) < row["tile"]["blocks_per_sm"],
         "multiplies in TF32": counts["mma.sync tf32"] > 0,
         "widens FP8 to f16": counts["fp8 to f16"] > 0,
     }
@@ -76,7 +85,8 @@ def test_breaks_are_seen() -> None:
     )
     good = {
         "operator": "Fp8Linear",
-        "tile": {"stages": 4},
+        "tile": {"stages": 4, "warps": 4, "blocks_per_sm": 4},
+        "registers": 128,
         "spills": 0,
         "scratch": 0,
         "profiles": [8],
@@ -91,7 +101,7 @@ def test_breaks_are_seen() -> None:
         "8-byte copies": 4,
     }
     assert breaks(good) == []
-    for key, value in {"spills": 1, "scratch": 8, "shared": STATIC_SHARED + 1}.items():
+    for key, value in {"registers": 129, "spills": 1, "scratch": 8, "shared": STATIC_SHARED + 1}.items():
         assert len(breaks({**good, key: value})) == 1
     for key, value in {**dict.fromkeys(counts, 1), "wgmma e4m3": 0, "16-byte loads": 0, "8-byte copies": 5}.items():
         assert len(breaks({**good, "counts": {**good["counts"], key: value}})) == 1
@@ -115,3 +125,16 @@ def test_the_page_shows_what_is_compiled(precision: str) -> None:
     found = rows(precision)
     assert [what for row in found["precisions"][precision] for what in breaks(row)] == []
     assert recorded(found) == [], "run python -m angelforge.tools.kernel_table --page docs/kernels-sm90.md"
+
+
+@pytest.mark.full
+def test_an_older_triton_keeps_the_rules(tmp_path: Path) -> None:
+    """Every tile compiled by Triton 3.6, which machines with a GPU may have (docs/kernels-sm90.md)."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={tmp_path}", "triton==3.6.0"]
+    result = subprocess.run(install, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"Triton 3.6.0 cannot be installed here: {result.stderr.strip()[-200:]}")
+    for precision in ("fp8", "bf16"):
+        found = rows(precision, packages=tmp_path)
+        assert found["compiler"] == "Triton 3.6.0"
+        assert [what for row in found["precisions"][precision] for what in breaks(row)] == []
