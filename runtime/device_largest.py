@@ -69,17 +69,19 @@ def candidates_of(table: Float32, rules: RowRules) -> Candidates:
     with np.errstate(invalid="ignore", over="ignore"):
         weights = np.exp((values - values[:, :1]) / rules.divisors).astype(np.float64)
     weights[~kept] = 0.0
-    total = weights.sum(1)
-    undecided = values[:, -1] == last  # what ties with the last may go on
+    # A running sum, unlike NumPy's `sum`, does not depend on how many zeros follow, so on the rows beside this one.
+    sums = np.cumsum(weights, 1)
+    total = sums[:, -1]
+    decided = rules.complete | (values[every, rules.seen - 1] != last)  # else what ties with the last may go on
     if rules.any_wide:
         total = np.where(rules.wide, np.ascontiguousarray(table[:, 2 * width :]).view(np.float64)[:, 0], total)
-    ended = _keep_likely(kept, values, weights, total, rules)
-    undecided = np.where(rules.wide, ~ended, undecided)
+    ended = _keep_likely(kept, values, weights, sums, total, rules)
+    decided = np.where(rules.wide, rules.complete | ended, decided)
     if rules.greedy.any():
         kept[rules.greedy] = np.arange(width) == 0
     weights[~kept] = 0.0
     count = np.where(finite, kept.sum(1), 0)
-    return Candidates(ids, weights, count, rules.complete | ~finite | ~undecided)
+    return Candidates(ids, weights, count, ~finite | decided)
 
 
 def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
@@ -90,7 +92,7 @@ def draw_each(found: Candidates, requests: Sequence[Asked]) -> Int64:
     choice = ((found.count > 1) & found.decided).tolist()
     uniform = np.array([asked.rng.random() if wanted else 0.0 for asked, wanted in zip(requests, choice, strict=True)])
     with np.errstate(invalid="ignore"):  # rows where nothing can come
-        sums = np.cumsum(found.weights / found.weights.sum(1, keepdims=True), 1)
+        sums = np.cumsum(found.weights, 1)
         places = (sums <= (uniform * sums[:, -1])[:, None]).sum(1).clip(max=sums.shape[1] - 1)
     return np.where(found.count > 0, found.ids[np.arange(len(places)), places], -1)
 
@@ -107,7 +109,8 @@ class RowRules:
     min_p: Float64  # [n]
     wide: Bool  # [n] whether there is no top-k
     any_wide: bool
-    complete: bool  # the whole vocabulary is looked at
+    seen: Int64  # [n] logits that decide a row, whatever W is for the sake of others
+    complete: Bool  # [n] whether those are the whole vocabulary
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int) -> RowRules:
@@ -122,6 +125,7 @@ class RowRules:
         wide = top_k == 0
         any_wide = bool(wide.any())
         width = min(max(int(top_k.max()) + _TIES, MOST if any_wide else 1), vocab)
+        seen = np.minimum(np.where(wide, MOST, top_k + _TIES), vocab).astype(np.int64)
         return cls(
             width=width,
             greedy=np.array([each.greedy for each in params]),
@@ -131,26 +135,26 @@ class RowRules:
             min_p=min_p,
             wide=wide,
             any_wide=any_wide,
-            complete=width == vocab,
+            seen=seen,
+            complete=seen == vocab,
         )
 
 
-def _keep_likely(kept: Bool, values: Float32, weights: Float64, total: Float64, rules: RowRules) -> Bool:
+def _keep_likely(kept: Bool, values: Float32, weights: Float64, sums: Float64, total: Float64, rules: RowRules) -> Bool:
     """Takes from `kept` [n, W] what top-p and min-p leave out; whether either says where the candidates end [n]."""
-    ended = np.zeros(len(kept), bool)
+    ended, every, edge = np.zeros(len(kept), bool), np.arange(len(kept)), rules.seen - 1
     nucleus = rules.top_p < 1
     if nucleus.any():
         wanted = (rules.top_p * total)[:, None]
-        sums = np.cumsum(weights, 1)
         inside = (sums[:, :-1] < wanted) | ~nucleus[:, None]
         # Of ties at the end those with the lowest ids are kept: all of them must have been seen.
-        edge = values[np.arange(len(kept)), inside.sum(1)]
-        ended |= nucleus & (sums[:, -1] >= wanted[:, 0]) & (values[:, -1] != edge)
+        least = values[every, inside.sum(1)]
+        ended |= nucleus & (sums[every, edge] >= wanted[:, 0]) & (values[every, edge] != least)
         kept[:, 1:] &= inside
     floor = rules.min_p > 0
     if floor.any():
         kept &= (weights >= rules.min_p[:, None]) | ~floor[:, None]
-        ended |= floor & (weights[:, -1] < rules.min_p)
+        ended |= floor & (weights[every, edge] < rules.min_p)
     return ended
 
 

@@ -219,6 +219,26 @@ def test_tokens_with_a_top_k_are_the_hosts(data: st.DataObject, requests: list[A
             assert allowed[found[row]] > 0
 
 
+@given(
+    data=st.data(),
+    request=requests_of(),
+    beside=st.lists(requests_of(), min_size=1, max_size=3),
+    most=st.sampled_from([4, 20]),
+)
+def test_a_token_does_not_depend_on_the_rows_beside_it(
+    data: st.DataObject, request: Asking, beside: list[Asking], most: int
+) -> None:
+    """Rows beside it have more logits looked at, or are drawn otherwise; ties are common."""
+    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
+    logits = np.array([data.draw(rows) for _ in range(len(beside) + 1)], np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_largest, "MOST", most)
+        patch.setattr(device_largest, "_TIES", 2)
+        alone = sample_on_device(there(logits[:1]), [replace(request, rng=np.random.default_rng(5))])
+        requests = [replace(each, rng=np.random.default_rng(5)) for each in (request, *beside)]
+        assert sample_on_device(there(logits), requests)[0] == alone[0]
+
+
 def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
     logits = torch.zeros(4, 10, device=DEVICE)
     logits[0, 3], logits[1, 4], logits[2] = torch.nan, torch.inf, -torch.inf
