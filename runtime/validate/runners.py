@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -25,7 +26,7 @@ from angelforge.bundle import Bundle
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.engines import Engine, load_engine
 from angelforge.runtime.onnxruntime_session import INPUTS
-from angelforge.runtime.validate.cutting import Array, OrtPiece, cut
+from angelforge.runtime.validate.cutting import Array, OrtPiece, Values, cut
 from angelforge.runtime.validate.engine_graph import Piece
 from angelforge.runtime.validate.kernel_graph import KernelGraph
 from angelforge.runtime.validate.operations import Stage, judge_graph
@@ -139,9 +140,9 @@ class KernelRunner(StagedRunner):
         self._graph = KernelGraph(bundle)
 
     def open_stages(self) -> list[tuple[Stage, Piece]]:
-        """An evaluator for each stage, with its weights in memory."""
+        """An evaluator for each stage, made when it is its turn: one layer's weights are in memory."""
         stages = judge_graph(self.bundle).stages
-        return [(stage, self._graph.piece(stage.inputs, stage.outputs)) for stage in stages]
+        return [(stage, _LazyPiece(self._graph, stage)) for stage in stages]
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """bf16, as the kernels take it."""
@@ -153,6 +154,15 @@ class KernelRunner(StagedRunner):
         return super().call(
             {n: a.astype(ml_dtypes.bfloat16) if types[n] == ir.DataType.BFLOAT16 else a for n, a in feed.items()}
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _LazyPiece:
+    graph: KernelGraph
+    stage: Stage
+
+    def run(self, values: Values) -> dict[str, Array]:
+        return self.graph.piece(self.stage.inputs, self.stage.outputs).run(values)
 
 
 class EngineRunner(BundleRunner):
