@@ -67,7 +67,7 @@ class SizeGate:
             return
         told = f"The body has more than {self._limit} bytes"
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self._limit:
+        if announced.isascii() and announced.isdigit() and int(announced) > self._limit:
             await error_response(413, f"{told}.")(scope, receive, send)
             return
         count = 0

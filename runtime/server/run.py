@@ -72,6 +72,8 @@ class Server(uvicorn.Server):
         draining = asyncio.ensure_future(self.service.drain(self._options.drain_seconds))
         await super().shutdown(sockets)
         draining.cancel()
+        if self.force_exit:  # a second interrupt: uvicorn leaves the application as it is, but the LLM is closed next
+            await self.lifespan.shutdown()
 
 
 def bind(host: str, port: int) -> socket.socket:
