@@ -19,6 +19,7 @@ from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 from angelforge.plugins.tensorrt.launches import plan_launch
+from angelforge.plugins.tuning import tile_for
 
 _FIRST_WITH_FP8 = 89  # Ada; Hopper is 90
 
@@ -46,7 +47,7 @@ class _Call:
 
 
 def check_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu) -> None:
-    """Evaluates the launch rules of a prepared graph's kernels in every profile, without compiling.
+    """Evaluates the launch rules of a prepared graph's kernels in every profile, for the tiles of a build, uncompiled.
 
     Without triton nothing can be asked, and nothing is.
 
@@ -61,7 +62,7 @@ def check_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu) -> Non
             raise call.refused(ValueError(f"FP8 needs sm_{_FIRST_WITH_FP8} or newer, the GPU is {gpu.architecture}"))
         try:
             binding = call.bind()
-            tile = kernel.tile(binding.dims, binding.dims["T"])
+            tile = tile_for(kernel, binding.dims, gpu, binding.dims["T"])
             kernel.constants(binding.dims, binding.types, tile)
             kernel.grid(binding.dims, gpu, tile)
         except ValueError as error:

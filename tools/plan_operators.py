@@ -12,6 +12,7 @@ from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.errors import UsageError
 from angelforge.exporter.graph import build_graph
 from angelforge.plugins.kernel import Gpu
+from angelforge.precision import Precision
 
 NOT_ASKED = "triton is not installed, so the kernels were not asked whether they serve these sizes"
 
@@ -19,7 +20,8 @@ NOT_ASKED = "triton is not installed, so the kernels were not asked whether they
 def check_operators(request: PlanRequest) -> str | None:
     """Draws the graph of one layer of each kind and asks the kernels of its operators, in every profile of an engine.
 
-    Returns why they could not be asked, or None; targets that run no kernels have nothing to ask.
+    Returns why they could not be asked, or which sizes they serve badly, or None; targets that run no kernels have
+    nothing to ask.
 
     Raises:
         AngelForgeError: naming the layer, its operator, and what its kernel cannot serve.
@@ -39,7 +41,39 @@ def check_operators(request: PlanRequest) -> str | None:
     pages = 1 + -(-request.max_context // request.page_size)
     limits = StepLimits(request.max_tokens, request.max_batch, request.max_context, request.page_size, pages)
     check_kernels(model, make_profiles(limits), Gpu(target.architecture, target.sms))
-    return None
+    return _served_badly(request)
+
+
+def _served_badly(request: PlanRequest) -> str | None:
+    """A note on widths of weights that cost the matmuls speed, not rightness; None where all are multiples of a step.
+
+    A step along such a width takes 128 bytes of every row, by copies of 16. Where the width is no multiple, each step
+    masks what is beyond; where rows do not even begin at multiples of 16 bytes, copies become as narrow as they must.
+    """
+    config, ranks = request.config, request.tensor_parallel
+    widths = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads × head_dim": config.num_attention_heads * config.head_dim // ranks,
+        "moe_intermediate_size": config.moe_intermediate_size // ranks,
+    }
+    if config.first_k_dense_replace > 0:
+        widths["intermediate_size"] = config.intermediate_size // ranks
+    size = 1 if request.precision is Precision.FP8 else 2  # bytes of an element
+    share = f" on each of {ranks} devices" if ranks > 1 else ""
+    notes = []
+    for name, width in widths.items():
+        if width * size % 16:
+            copies = width * size & -(width * size)  # the largest power of two that divides a row's bytes
+            notes.append(
+                f"{name} {width}{share} is no multiple of {16 // size}: weights are copied in pieces of {copies} B"
+            )
+        elif width * size % 128:
+            notes.append(f"{name} {width}{share} is no multiple of {128 // size}: every step along it is masked")
+    if not notes:
+        return None
+    if size == 1 and config.hidden_size % 128:
+        notes.append("the tile of experts for prompts (Fp8MoEGateUp) spills registers")
+    return f"served, but slowly: {'; '.join(notes)}"
 
 
 def _layers_of_each_kind(config: ModelConfig) -> int:

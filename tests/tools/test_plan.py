@@ -14,6 +14,9 @@ from angelforge.engines.plan_types import PlanRequest
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint
 from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.plugins import tuning
+from angelforge.plugins.kernel import Tile
+from angelforge.plugins.tuning import Row
 from angelforge.precision import Precision
 from angelforge.targets import get_target
 from angelforge.tools.cli import main
@@ -167,6 +170,36 @@ def test_what_no_kernel_serves_is_refused_by_operator(tmp_path: Path) -> None:
     compared = run(config)
     assert compared.exit_code == 0
     assert compared.output.count("QKVPrepare") == 2  # layer and operator, in one note for all targets
+
+
+def test_sizes_that_are_served_slowly_are_noted(tmp_path: Path) -> None:
+    """Right but slow: widths off 128 bytes are masked, off 16 bytes copied in pieces; the model's own are neither."""
+    h20 = get_target("h20")
+
+    def note(precision: Precision, ranks: int = 1, **keys: Any) -> str | None:
+        config = ModelConfig.load(changed(tmp_path, **keys)).with_layers(2)
+        return check_operators(PlanRequest(config, precision, h20, 4096, tensor_parallel=ranks))
+
+    assert note(Precision.FP8) is None and note(Precision.BF16) is None
+    assert "hidden_size 4160 is no multiple of 128: every step" in (note(Precision.FP8, hidden_size=4160) or "")
+    assert note(Precision.BF16, hidden_size=4160) is None
+    assert "hidden_size 4100 is no multiple of 16: weights are copied in pieces of 4 B" in (
+        note(Precision.FP8, hidden_size=4100) or ""
+    )
+    assert "moe_intermediate_size 1000 is no" in (note(Precision.BF16, moe_intermediate_size=1000) or "")
+    assert (
+        "note: h20: served, but slowly: hidden_size 4160"
+        in run(changed(tmp_path, hidden_size=4160), "--target", "h20", "--precision", "fp8").output
+    )
+
+
+def test_a_tuned_tile_that_no_kernel_takes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The plan asks for the tiles that a build would take, those of the tuning table before the kernels' own."""
+    row = Row("Fp8Linear", "NVIDIA H20", "sm_90", 78, "64", (), Tile(m=64, n=256), 1.0)
+    monkeypatch.setattr(tuning, "packaged_rows", lambda: (row,))
+    config = ModelConfig.load(changed(tmp_path)).with_layers(2)
+    with pytest.raises(AngelForgeError, match=r"\(Fp8Linear\) in profile decode-64: FP8 tiles have"):
+        check_operators(PlanRequest(config, Precision.FP8, get_target("h20"), 4096))
 
 
 def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
