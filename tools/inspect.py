@@ -60,7 +60,7 @@ def look(path: Path, verify: bool) -> Report:
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Compare the sha256 of every file of a bundle or engine; reads all of it.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a bundle's structure and memory as a page.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page: structure and memory, with plots.")
 @json_option
 def inspect(path: Path, verify: bool, html: Path | None, as_json: bool) -> None:
     """Show what PATH holds: a bundle, an engine's folder, a checkpoint's folder, a safetensors file or an ONNX file.
@@ -75,13 +75,22 @@ def inspect(path: Path, verify: bool, html: Path | None, as_json: bool) -> None:
     """
     report = look(path, verify)
     if html is not None:
-        from angelforge.tools.inspect_bundle import BundleReport
-        from angelforge.tools.inspect_page import write_page
-
-        if not isinstance(report, BundleReport):
-            raise UsageError(f"{path} is no bundle, and only bundles have a page to write.")
-        write_page(report.bundle, report.engines, html)
+        _write_page(path, report, html)
     if as_json:
         print_json(report.to_dict())
     else:
         report.show()
+
+
+def _write_page(path: Path, report: Report, file: Path) -> None:
+    """The page of a bundle with all of its engines, or of one engine and the bundle around it."""
+    from angelforge.tools.inspect_bundle import BundleReport
+    from angelforge.tools.inspect_engine import EngineReport
+    from angelforge.tools.inspect_page import write_page
+
+    if isinstance(report, BundleReport):
+        write_page(report.bundle, report.engines, file)
+    elif isinstance(report, EngineReport):
+        write_page(report.bundle, {report.manifest.target: report.manifest}, file)
+    else:
+        raise UsageError(f"{path} is no bundle or engine, and only those have a page to write.")

@@ -38,9 +38,14 @@ def print_graph(title: str, graph: GraphSummary) -> None:
         f"{sum(graph.operators.values()):,} nodes, {graph.functions} functions, {graph.initializers:,} initializers"
     )
     click.echo(f"{title}: {format_bytes(graph.nbytes)}, {counts}; IR {graph.ir_version}, {opsets}")
+    print_ports(graph)
+    print_table(["operator", "nodes"], [[name, f"{count:,}"] for name, count in graph.operators.items()])
+
+
+def print_ports(graph: GraphSummary) -> None:
+    """Inputs and outputs as a table."""
     ports = [*_rows("input", graph.inputs), *_rows("output", graph.outputs)]
     print_table(["", "name", "type"], ports)
-    print_table(["operator", "nodes"], [[name, f"{count:,}"] for name, count in graph.operators.items()])
 
 
 def _rows(kind: str, ports: tuple[Port, ...]) -> list[list[str]]:

@@ -39,6 +39,7 @@ def bundle_page(bundle: Bundle, engines: Mapping[str, EngineManifest]) -> str:
         f"<h1>{escape(title)}</h1>",
         "<h2>Structure</h2>",
         *_structure(model),
+        *_draft(bundle),
         "<h2>Memory</h2>",
         *_memory(bundle),
         *(line for target, engine in engines.items() for line in _engine(model, target, engine)),
@@ -67,6 +68,15 @@ def _structure(model: ir.Model) -> Iterable[str]:
     for place, steps in structure(model):
         yield f"<h3>{escape(place)}</h3>"
         yield chain(steps)
+
+
+def _draft(bundle: Bundle) -> Iterable[str]:
+    name = bundle.manifest.graphs.get("draft")
+    if name is not None:
+        model = ir.load(bundle.folder / name)
+        prepare_network(model)
+        yield "<h2>Structure of the draft</h2>"
+        yield from _structure(model)
 
 
 def _place(name: str) -> str:

@@ -98,9 +98,25 @@ def test_the_page_draws_structure_and_memory(bundle: Bundle, tmp_path: Path) -> 
     assert html.count("<polygon") == 4
 
 
-def test_only_bundles_have_a_page(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_engine_has_the_page_of_its_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    """Structure and memory of what it was built from; other files have no page."""
     result = inspect(folder(bundle), "--html", tmp_path / "page.html")
-    assert (result.exit_code, "only bundles have a page" in result.stderr) == (2, True)
+    assert result.exit_code == 0, result.output
+    html = (tmp_path / "page.html").read_text()
+    assert "Fp8MoEGateUp" in html and "Engine for rtx4090" in html
+    result = inspect(bundle.folder / "model.onnx", "--html", tmp_path / "other.html")
+    assert (result.exit_code, "is no bundle or engine" in result.stderr) == (2, True)
+
+
+def test_inputs_and_outputs_are_told(bundle: Bundle) -> None:
+    """The contract's inputs, the pool, the logits, and how many weights are inputs."""
+    report = json.loads(inspect(folder(bundle), "--json").stdout)
+    names = [port["name"] for port in report["graph"]["inputs"]]
+    assert names[:2] == ["input_ids", "positions"] and "kv_cache.3" in names
+    assert report["graph"]["outputs"][0] == {"name": "logits", "dtype": "float", "shape": ["R", 1024]}
+    text = inspect(folder(bundle)).stdout
+    assert "kv_cache.0 … kv_cache.3" in text
+    assert f"{report['graph']['initializers']:,} weights as inputs" in text
 
 
 def test_structure_folds_equal_layers(bundle: Bundle) -> None:
