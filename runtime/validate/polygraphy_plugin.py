@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from polygraphy.logger import G_LOGGER
 from polygraphy.tools.args import ModelArgs
 from polygraphy.tools.args.base import BaseArgs, BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
 from angelforge.bundle import Bundle
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.validate.references import FORMS, load_reference_for
 from angelforge.runtime.validate.runners import (
     BundleRunner,
@@ -23,6 +25,8 @@ from angelforge.runtime.validate.runners import (
     ReferenceRunner,
 )
 
+AS_STORED = "as stored"
+
 
 def arg_groups() -> list[BaseArgs]:
     """What Polygraphy adds to the options of `polygraphy run`."""
@@ -30,11 +34,19 @@ def arg_groups() -> list[BaseArgs]:
 
 
 def make_runner(kind: str, graph: str, choice: str | None = None) -> BundleRunner:
-    """A runner of the bundle that the ONNX file `graph` stands in; `choice` is its target or reference.
+    """A runner of the bundle that the ONNX file `graph` stands in; `choice` is its target, reference or rounding.
 
     Raises:
-        AngelForgeError: the file stands in no bundle, or the runner cannot be had.
+        PolygraphyException: the file stands in no bundle, or the runner cannot be had; Polygraphy shows the message.
     """
+    try:
+        return _runner(kind, graph, choice)
+    except AngelForgeError as error:
+        G_LOGGER.critical(str(error))
+        raise  # not reached: critical raises
+
+
+def _runner(kind: str, graph: str, choice: str | None) -> BundleRunner:
     bundle = Bundle.open(Path(graph).absolute().parent)
     if kind == "engine":
         return EngineRunner(bundle, choice or "cpu", own_pool=False)
@@ -42,7 +54,7 @@ def make_runner(kind: str, graph: str, choice: str | None = None) -> BundleRunne
         return KernelRunner(bundle, own_pool=False)
     if kind == "reference":
         return ReferenceRunner(bundle, load_reference_for(choice or "", bundle), f"reference: {choice}", own_pool=False)
-    return JudgeRunner(bundle, own_pool=False)
+    return JudgeRunner(bundle, own_pool=False, as_stored=choice == AS_STORED)
 
 
 class _Args(BaseRunnerArgs):  # type: ignore[misc]
@@ -69,6 +81,19 @@ class JudgeArgs(_Args):
     """AngelForge Judge: ONNX Runtime on the bundle's graph, widened to f32 where needed."""
 
     kind, title = "judge", "AngelForge judge"
+
+    def add_parser_args_impl(self) -> None:
+        """--angelforge-as-stored."""
+        told = "Round the judge's values as the bundle stores them, as kernels and TensorRT engines do"
+        self.group.add_argument("--angelforge-as-stored", help=told, action="store_true", default=None)
+
+    def parse_impl(self, args: Any) -> None:
+        """Keeps the flag."""
+        self.as_stored = bool(args.angelforge_as_stored)
+
+    def choice(self) -> str | None:
+        """The rounding."""
+        return AS_STORED if self.as_stored else None
 
 
 class KernelArgs(_Args):
