@@ -142,8 +142,6 @@ def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Askin
         {"top_p": 0.9},
         {"top_p": 0.999, "temperature": 1.5},
         {"top_k": 3000, "top_p": 0.99},
-        {"min_p": 0.05},
-        {},
     ],
     ids=str,
 )
