@@ -24,5 +24,5 @@ def test_the_entry_point_gives_all_runners() -> None:
 
 def test_errors_are_polygraphys(tmp_path: Path) -> None:
     """A sentence, and none of our tracebacks."""
-    with pytest.raises(PolygraphyException, match="no angelforge.json"):
+    with pytest.raises(PolygraphyException, match=r"no angelforge\.json"):
         make_runner("judge", str(tmp_path / "model.onnx"))
