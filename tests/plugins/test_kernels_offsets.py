@@ -1,7 +1,4 @@
-"""Tensors of more than 2³¹ elements: kernels write and read behind them. Only pages that are touched take memory.
-
-What is not tried: PagedAttention's writes to `partial` behind 2³¹ elements, which need as many results.
-"""
+"""Tensors of more than 2³¹ elements: kernels write and read behind them. Only pages that are touched take memory."""
 
 import mmap
 from typing import Any
@@ -11,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 from support.attention import attend
-from support.interpreter import run_interpreted, to_numpy, to_torch
+from support.interpreter import exact_interpreter, run_interpreted, to_numpy, to_torch
 from support.routing import expert_tokens
+from triton.runtime import interpreter
 
 from angelforge.plugins.attention_merge.kernel import KERNEL as MERGE
 from angelforge.plugins.attention_merge_quantize.kernel import KERNEL as MERGE_QUANTIZE
 from angelforge.plugins.fp8_moe_down.kernel import KERNEL as FP8_DOWN
 from angelforge.plugins.fp8_moe_gate_up.kernel import KERNEL as FP8_GATE_UP
-from angelforge.plugins.kernel import Gpu, Kernel
+from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.moe_down.kernel import KERNEL as DOWN
 from angelforge.plugins.moe_gate_up.kernel import KERNEL as GATE_UP
 from angelforge.plugins.paged_attention.kernel import KERNEL as ATTENTION
 from angelforge.plugins.qkv_prepare.kernel import KERNEL as QKV_PREPARE
 from angelforge.plugins.qkv_rotate.kernel import KERNEL as QKV_ROTATE
+from angelforge.plugins.run_kernel import bind_tensors, launch
 
 LIMIT = 2**31
 ONE_SM = Gpu("sm_90", 1)
@@ -88,6 +87,35 @@ def test_prepared_keys_are_written_behind_two_to_the_31() -> None:
     key, value = pool[pages - 1, :, 0, PAGE - 1].float()
     assert torch.equal(value, qkv[0, 2 * DIM :].float())
     torch.testing.assert_close(key.square().mean(), torch.tensor(1.0), rtol=0.01, atol=0)
+
+
+def test_parts_are_written_behind_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long sequence takes the rows of `partial` up to there; the next one's only piece, one program's, is computed."""
+    heads, split, queries, pages = 32, 32, 8, 2**15 + 2
+    rows = LIMIT // (heads * DIM)  # 8 tokens of the first sequence, over 2²¹ keys
+    keys = rows // queries * split
+    pool = sparse(torch.bfloat16, pages, 2, 1, PAGE, DIM)
+    rng = np.random.default_rng(0)
+    pool[1] = to_torch(rng.standard_normal((2, 1, PAGE, DIM)).astype(ml_dtypes.bfloat16))
+    query = to_torch(rng.standard_normal((queries + 1, heads, DIM)).astype(ml_dtypes.bfloat16))
+    table = torch.ones(2, keys // PAGE, dtype=torch.int32)
+    numbers = [[0, queries, queries + 1], [keys, split], [*range(keys - queries, keys), split - 1]]
+    inputs = [query, pool, table, *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
+    attributes = {"scale": DIM**-0.5, "split_length": split, "split_queries": queries}
+    binding = bind_tensors(ATTENTION, inputs, attributes)
+    partial, lse = (sparse(torch.float32, *shape) for shape in binding.output_shapes[1:3])
+    outputs = [torch.zeros_like(query), partial, lse, torch.zeros(2, dtype=torch.int32)]
+    pieces = queries * heads // 32 * (rows // queries) + 1
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "set_grid_dim", lambda self, *_: setattr(self, "grid_dim", (pieces, 1, 1)))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (pieces - 1, 0, 0)))
+    with exact_interpreter(inputs, outputs):
+        launch(ATTENTION, inputs, outputs, binding, ONE_SM, Tile(m=16, n=32, k=32, stages=3))
+    key, value = to_numpy(pool[1]).astype(np.float32)[:, :, :split]
+    expected = attend(to_numpy(query[-1:]).astype(np.float32), key, value, np.ones((1, split), bool), DIM**-0.5)
+    assert partial[: rows + 1].numel() > LIMIT
+    np.testing.assert_allclose(partial[rows], expected[0], atol=0.01)
+    assert lse[rows].ne(0).all()
 
 
 @pytest.mark.parametrize("kernel", [MERGE, MERGE_QUANTIZE], ids=lambda kernel: kernel.operator.name)
