@@ -133,5 +133,5 @@ def test_told_twice(toy: Path) -> None:
 def listens(url: str) -> bool:
     try:
         return httpx2.get(f"{url}/health").status_code > 0
-    except httpx2.ConnectError:
+    except httpx2.TransportError:
         return False
