@@ -90,7 +90,7 @@ def test_prepared_keys_are_written_behind_two_to_the_31() -> None:
 
 
 def test_parts_are_written_behind_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long sequence takes the rows of `partial` up to there; one program of many computes the next one's only piece."""
+    """A long sequence takes the rows of `partial` up to there; one of many programs computes the next one's piece."""
     heads, split, queries, pages = 32, 32, 8, 2**15 + 2
     rows = LIMIT // (heads * DIM)  # 8 tokens of the first sequence, over 2²¹ keys
     keys = rows // queries * split
