@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from angelforge.runtime.server.app import create_app
 from angelforge.runtime.server.options import ServerOptions
 
 _KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
+_LAST_WORDS = 1  # second for the same when the server is told twice
 _AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut
 
 
@@ -74,6 +76,9 @@ class Server(uvicorn.Server):
         draining.cancel()
         if self.force_exit:  # a second interrupt: uvicorn leaves the application as it is, but the LLM is closed next
             await self.lifespan.shutdown()
+            if tasks := list(self.server_state.tasks):  # their requests have ended: they say so, if somebody reads it
+                await asyncio.wait(tasks, timeout=_LAST_WORDS)
+            logging.getLogger("uvicorn.error").disabled = True  # what is left is cut, which is no error any more
 
 
 def bind(host: str, port: int) -> socket.socket:

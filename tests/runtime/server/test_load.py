@@ -114,24 +114,3 @@ def test_told_to_end_under_load(toy: Path) -> None:
             ends.append([line for line in lines if line][-2])
     assert '"finish_reason":"length"' in ends[0]
     assert "shutting down" in ends[1]
-
-
-def test_told_twice(toy: Path) -> None:
-    """A second interrupt does not wait for what is open; the process ends in order all the same."""
-    body = {"model": "toy", "prompt": "Hello", "n": 16, "max_tokens": 490, "ignore_eos": True, "stream": True}
-    with (
-        process(toy, "--drain-seconds", "1000") as (server, url),
-        httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream,
-    ):
-        next(stream.iter_lines())
-        server.send_signal(signal.SIGINT)
-        wait_until(lambda: not listens(url))
-        server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
-
-
-def listens(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health").status_code > 0
-    except httpx2.TransportError:
-        return False
