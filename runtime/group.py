@@ -49,6 +49,7 @@ class Group:
             AngelForgeError: a rank does not arrive within a minute, or has no GPU of its number.
         """
         rank = _rank_of(ranks)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else every lost connection shows frames of C++
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
@@ -252,6 +253,15 @@ def _done_within_a_slice(work: Any) -> bool:
             return False  # only the time has passed
         work.wait()  # raises it again; or it has come to its end just now
     return True
+
+
+def refuse_stray_ranks(ranks: int) -> None:
+    """Raises UsageError where torchrun has started several processes for a model that is to run in one."""
+    found = os.environ.get("WORLD_SIZE", "1")
+    if ranks == 1 and "TORCHELASTIC_RUN_ID" in os.environ and found != "1":
+        raise UsageError(
+            f"torchrun started {found} processes, but one rank was asked for: add --tensor-parallel {found}."
+        )
 
 
 def _rank_of(ranks: int) -> int:

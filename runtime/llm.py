@@ -18,7 +18,7 @@ from angelforge.runtime.constraint import Constraint
 from angelforge.runtime.depth import Depth
 from angelforge.runtime.detokenizer import TextStream
 from angelforge.runtime.engines import DraftEngine, Engine, load_draft, load_engine
-from angelforge.runtime.group import Group
+from angelforge.runtime.group import Group, refuse_stray_ranks
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.pages import Lease
@@ -68,6 +68,7 @@ class LLM:
         opened = Bundle.open(Path(bundle))
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
         drafting = speculate != 0 and (speculate != "auto" or opened.manifest.draft is not None)
+        refuse_stray_ranks(tensor_parallel)
         group = None if tensor_parallel == 1 else Group.join(tensor_parallel, get_target(target).device)
         engine = load_engine(
             opened,

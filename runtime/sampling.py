@@ -65,6 +65,8 @@ class SamplingParams:
                 raise UsageError(
                     f"stop holds {text!r}, but every stop string must be a text of at least one character."
                 )
+            if any("\ud800" <= character <= "\udfff" for character in text):  # half a character
+                raise UsageError(f"stop holds {text!r}, which is not valid Unicode.")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
 

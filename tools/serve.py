@@ -88,6 +88,11 @@ def serve(
         drain_seconds=drain_seconds,
     )
     if replicas != 1 or ray is not None:
+        if tensor_parallel != 1:
+            raise UsageError(
+                "--replicas gives every replica one device, so --tensor-parallel does not go with it. Start a server "
+                "for each group of ranks instead, behind a proxy."
+            )
         from angelforge.runtime.replicas.options import ReplicaOptions
         from angelforge.runtime.replicas.run import serve_replicas
 

@@ -52,7 +52,8 @@ class Chats:
             source = tool_call_grammar(functions, special_tags=host.vocabulary.is_special(BEGIN))
             grammar = await asyncio.to_thread(Grammar, host.vocabulary, source, "tools")
         elif schema is not None:
-            grammar = await asyncio.to_thread(Grammar, host.vocabulary, json_grammar(schema), "response_format")
+            source = json_grammar(schema)
+            grammar = await asyncio.to_thread(Grammar, host.vocabulary, source, "response_format")
         tokenizer = host.service.llm.tokenizer if functions else None
         answer = ChatAnswer(host.head("chatcmpl"), choices, body.include_usage, host.vocabulary, tokenizer, params)
         call = host.submit([prompt], choices, params, grammar)

@@ -27,12 +27,20 @@ class CountGate:
         # Any other path could be a new time series for each request.
         endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._metrics.requests.labels(endpoint, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            if not started:  # it failed: what is around answers 500
+                self._metrics.requests.labels(endpoint, "500").inc()
 
 
 class KeyGate:
@@ -46,6 +54,8 @@ class KeyGate:
         """One request."""
         if scope["type"] == "http" and self._expected is not None and scope["path"].startswith("/v1"):
             shown = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if shown[:7].lower() == b"bearer ":  # the scheme's case does not matter (RFC 9110, 11.1)
+                shown = b"Bearer " + shown[7:]
             if not hmac.compare_digest(shown, self._expected):
                 missing = "no API key was given" if not shown else "the API key is wrong"
                 answer = error_response(401, f"This server needs an API key, but {missing}.", code="invalid_api_key")

@@ -69,13 +69,23 @@ class Matching:
             raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
 
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """JSON that fits a schema."""
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+def json_grammar(schema: Mapping[str, Any], param: str = "response_format") -> str:
+    """JSON that fits a schema. Raises ApiError (400) naming the field `param` if the schema makes no sense."""
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+    except (ValueError, RecursionError) as error:  # half characters, nesting without end
+        raise _refused(error, param) from None
 
 
-def tool_call_grammar(functions: Sequence[Function], special_tags: bool) -> str:
-    """One call of one of the functions, between the tags that Ling's templates use, as special tokens or spelt."""
+def _refused(error: Exception, param: str) -> ApiError:
+    return ApiError(400, f"{param} cannot be followed: {str(error).splitlines()[0].rstrip('.')[:200]}.", param)
+
+
+def tool_call_grammar(functions: Sequence[Function], special_tags: bool, param: str = "tools") -> str:
+    """One call of one of the functions, between the tags that Ling's templates use, as special tokens or spelt.
+
+    Raises ApiError (400) naming the field `param` if parameters make no sense.
+    """
     begin, end = (BEGIN, END) if special_tags else (f'"{BEGIN}"', f'"{END}"')
     lines = [f"start: {' | '.join(f'call_{number}' for number in range(len(functions)))}"]
     for number, function in enumerate(functions):
@@ -86,5 +96,11 @@ def tool_call_grammar(functions: Sequence[Function], special_tags: bool) -> str:
             "additionalProperties": False,
             "x-guidance": _ON_ONE_LINE,
         }
-        lines.append(f'call_{number}: {begin} "\\n" %json {json.dumps(schema)} "\\n" {end}')
-    return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))
+        try:
+            lines.append(f'call_{number}: {begin} "\\n" %json {json.dumps(schema)} "\\n" {end}')
+        except (ValueError, RecursionError) as error:
+            raise _refused(error, param) from None
+    try:
+        return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))
+    except (ValueError, RecursionError) as error:
+        raise _refused(error, param) from None

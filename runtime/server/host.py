@@ -24,6 +24,7 @@ from angelforge.runtime.server.vocabulary import Vocabulary
 from angelforge.runtime.service import Service
 
 _LONG = 8192  # characters from which on a text is tokenized in a thread: the loop would stand still meanwhile
+_CHARACTERS_A_TOKEN = 16  # no text has tokens of so many characters on average: longer ones are not tokenized at all
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Host:
     options: ServerOptions
     vocabulary: Vocabulary
     created: int = field(default_factory=lambda: int(time()))
+    _tokenizing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # long texts, one by one
 
     def check_model(self, name: str) -> None:
         """Raises ApiError (404) for another model."""
@@ -46,10 +48,15 @@ class Host:
         tokenizer = self.service.llm.tokenizer
         if tokenizer is None:
             raise ApiError(400, "The bundle has no tokenizer: prompts have to be token ids.", "prompt")
+        most = _CHARACTERS_A_TOKEN * self.service.llm.max_context + _LONG
+        if len(text) > most:  # tokenizing takes a second and 200 MB for 1 MB
+            message = f"The prompt has {len(text)} characters, and the context of this model holds {most} at most."
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
         try:
             if len(text) < _LONG:
                 return np.array(tokenizer.encode(text, add_special_tokens), np.int64)
-            return np.array(await asyncio.to_thread(tokenizer.encode, text, add_special_tokens), np.int64)
+            async with self._tokenizing:
+                return np.array(await asyncio.to_thread(tokenizer.encode, text, add_special_tokens), np.int64)
         except AngelForgeError as error:
             raise ApiError(400, str(error), "prompt") from None
 

@@ -149,7 +149,7 @@ class JsonSchema(BaseModel):
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
     name: str | None = None
-    definition: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
 class ResponseFormat(_Body):
@@ -162,6 +162,8 @@ class ResponseFormat(_Body):
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to the type json_schema, and only to that")
+        if self.json_schema is not None and self.json_schema.definition is None:
+            raise ValueError("json_schema has no schema; for any JSON object use the type json_object")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,40 @@ def test_a_client_that_reads_nothing(toy: Path) -> None:
             wait_until(running.is_idle)
             wait_until(lambda: running.server.service.open_requests == 0)
             wait_until(lambda: not running.server.server_state.tasks)
+
+
+def deep_schema() -> dict[str, object]:
+    """Lists in lists, 400 deep."""
+    schema: dict[str, object] = {"type": "string"}
+    for _ in range(400):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def fitting(schema: dict[str, object]) -> dict[str, object]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"stop": "\ud800"}, "stop"),
+        ({"stop": ["fine", "\udfff"]}, "stop"),
+        (fitting({"const": "\ud800"}), "response_format"),
+        (fitting(deep_schema()), "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "json_schema has no schema"),
+    ],
+)
+def test_what_no_library_takes_is_the_senders_error(server: Running, fields: dict[str, object], told: str) -> None:
+    """Half characters, and schemas that are nested too deeply or not there."""
+    body = {"model": "toy", "max_tokens": 2, "messages": MESSAGES, **fields}
+    error = check_error(server.http.post(CHATS, content=json.dumps(body).encode(), headers=TEXT), 400)
+    assert told in error["message"] + str(error["param"])
+
+
+def test_texts_far_beyond_the_context_are_not_tokenized(server: Running) -> None:
+    """15 MB against 512 tokens: answered at once; tokenizing them would take a minute and gigabytes."""
+    begin = time.monotonic()
+    error = check_error(server.http.post(COMPLETIONS, json={"model": "toy", "prompt": "a b c " * 2_500_000}), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert time.monotonic() - begin < 20
