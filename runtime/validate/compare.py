@@ -49,6 +49,12 @@ class Scene:
     whole_layer: bool = False  # the operator was computed from its layer's inputs, not from its own
 
 
+def not_comparable(operation: Operation, step: int, reason: str) -> Finding:
+    """The failure of an operator that the engine under test does not have as the bundle does."""
+    result = Difference((), np.inf, np.inf, 0.0, 1.0, ())
+    return Finding(operation.place, operation.name, operation.outputs[0], step, result, 0.0, False, reason)
+
+
 def compare_operation(operation: Operation, found: Values, expected: Values, scene: Scene) -> list[Finding]:
     """Compares those outputs of an operator that `found` has; `expected` has its inputs, too."""
     if operation.kind == "MoERoute":

@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from angelforge.bundle import Bundle
 from angelforge.runtime.onnxruntime_session import INPUTS
-from angelforge.runtime.validate.compare import Finding, Scene, compare_operation
+from angelforge.runtime.validate.compare import Finding, Scene, compare_operation, not_comparable
 from angelforge.runtime.validate.cutting import Array, OrtPiece, Values, cut
 from angelforge.runtime.validate.data import Schedule
-from angelforge.runtime.validate.engine_graph import Unit
+from angelforge.runtime.validate.engine_graph import Unit, is_identity
 from angelforge.runtime.validate.operations import JudgeGraph, Operation, Stage
 from angelforge.runtime.validate.thresholds import Thresholds
 from angelforge.tensorfile import read_tensor
@@ -124,12 +124,26 @@ def compare_stages(
             given = as_given(call.values, judge, candidate.as_stored)
             for unit, findings in zip(units, by_unit, strict=True):
                 findings += _compare_unit(unit, stage, given, call.values, scene)
+        by_unit.append(_uncovered(stage, units, by_unit))
         if left is not None:
             left[stage.place] -= 1
         yield stage, [finding for findings in by_unit for finding in findings]
 
 
+def _uncovered(stage: Stage, units: Sequence[Unit], by_unit: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """A failure for each operator that nothing was compared of: what is not seen is not sound."""
+    compared = [unit for unit, findings in zip(units, by_unit, strict=True) if findings]
+    covered = {id(operation) for unit in compared for operation in unit.operations}
+    return [
+        not_comparable(operation, 0, "the engine's graph does not show what computes it")
+        for operation in stage.operations
+        if id(operation) not in covered and not is_identity(operation)
+    ]
+
+
 def _compare_unit(unit: Unit, stage: Stage, given: Values, expected: Values, scene: Scene) -> list[Finding]:
+    if unit.piece is None:
+        return [not_comparable(unit.operations[-1], scene.step, unit.fault)]
     results = unit.piece.run(given)
     findings = []
     for operation in unit.operations:

@@ -202,6 +202,37 @@ def stale_page(model: ir.Model) -> None:
     _before(model, node_of(model, 1, "PagedAttention"), 2, build)
 
 
+def _norms(model: ir.Model, layer: int) -> list[ir.Node]:
+    """The two norms of a layer."""
+    kinds = ("AddNorm", "AddNormQuantize")
+    return [n for n in model.graph if n.op_type in kinds and f"layers.{layer}/" in (n.name or "")]
+
+
+def attention_not_added(model: ir.Model) -> None:
+    """Layer 1 adds the MLP of layer 0 a second time in place of its attention."""
+    before, after = _norms(model, 1)
+    after.replace_input_with(1, before.inputs[1])
+
+
+def skipped_residual(model: ir.Model) -> None:
+    """Layer 1's attention is added to the residual stream of layer 0."""
+    _norms(model, 1)[1].replace_input_with(0, _norms(model, 0)[0].outputs[0])
+
+
+def cache_of_another_layer(model: ir.Model) -> None:
+    """Layer 1 attends to the keys and values of layer 0."""
+    node_of(model, 1, "PagedAttention").replace_input_with(1, node_of(model, 0, "PagedAttention").inputs[1])
+
+
+def experts_from_the_wrong_norm(model: ir.Model) -> None:
+    """Layer 1's experts take what its attention took."""
+    before = _norms(model, 1)[0]
+    quantized = before.op_type == "AddNormQuantize"
+    node = node_of(model, 1, "Fp8MoEGateUp" if quantized else "MoEGateUp")
+    for port in range(2 if quantized else 1):
+        node.replace_input_with(port, before.outputs[port + (2 if quantized else 1)])
+
+
 FAULTS = [
     Fault("a wrong expert bias sign", "fp32", "layer 1", "MoERoute", weights=wrong_bias_sign),
     Fault("a transposed block scale", "fp8", "layer 1", "Fp8Linear (dense)", weights=transposed_scale),
@@ -213,4 +244,14 @@ FAULTS = [
     Fault("TF32 in the router", "fp32", "layer 1", "MoELogits", graph=tf32_router),
     Fault("a padding row that routes", "fp32", "layer 1", "MoERoute", graph=routed_padding),
     Fault("a stale page", "fp32", "layer 1", "PagedAttention", graph=stale_page),
+    *(
+        Fault(name, kind, "layer 1", operator[kind == "fp8"], graph=graph)
+        for kind in ("fp32", "fp8")
+        for name, operator, graph in (
+            ("attention not added", ("AddNorm", "AddNormQuantize"), attention_not_added),
+            ("the residual of another layer", ("AddNorm", "AddNormQuantize"), skipped_residual),
+            ("the cache of another layer", ("PagedAttention", "PagedAttention"), cache_of_another_layer),
+            ("experts behind the wrong norm", ("MoEGateUp", "Fp8MoEGateUp"), experts_from_the_wrong_norm),
+        )
+    ),
 ]

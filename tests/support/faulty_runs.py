@@ -66,6 +66,5 @@ def row_start(fault: Fault, found: Finding) -> str:
 
 def row(fault: Fault, found: Finding) -> str:
     """A row of the table."""
-    worst = found.result.worst[0]
-    values = f"{list(worst.index)}: {worst.expected:.4g} → {worst.found:.4g}"
+    values = "".join(f"{list(w.index)}: {w.expected:.4g} → {w.found:.4g}" for w in found.result.worst[:1])
     return f"{row_start(fault, found)} {found.error:.1e} | {values} | {found.note} |"
