@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from angelforge.errors import AngelForgeError, UsageError
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.validate_data import DataOptions
+
+if TYPE_CHECKING:
+    from angelforge.runtime.validate.results import Validation
 
 
 @click.command()
@@ -105,7 +109,18 @@ def _bundle(
     else:
         print_validation(result, html)
     if not result.ok:
-        _fail("The engine does not compute what its bundle says; see the first diverging tensor.", as_json)
+        _fail(_verdict(result), as_json)
+
+
+def _verdict(result: Validation) -> str:
+    """What failed, in words: the engine, or only the graph beside the reference."""
+    by_engine = [whole for whole in result.wholes if not whole.reference]
+    if all(whole.ok for whole in by_engine) and all(f.ok for f in (*result.layers, *result.operators)):
+        return (
+            "The bundle's graph differs from the reference, its engine agrees with the graph. If they should be the "
+            "same model, compare single layers with the checkpoint: angelforge validate CHECKPOINT --layers 0,1."
+        )
+    return "The engine does not compute what its bundle says; see the first diverging tensor."
 
 
 def _checkpoint(subject: Path, layers: list[int], data: DataOptions, html: Path | None, as_json: bool) -> None:

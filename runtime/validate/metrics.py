@@ -27,7 +27,7 @@ class Difference:
     shape: tuple[int, ...]
     max_error: float  # largest |found − expected|
     relative_error: float  # the same over the largest |expected|
-    cosine: float  # of the two as vectors; 1 where both are 0
+    cosine: float  # of the two as vectors; 1 where both are 0, 0 where a value is not finite
     differing: float  # share of elements that are not equal
     worst: tuple[Worst, ...]  # the elements that differ most, worst first
 
@@ -66,8 +66,8 @@ def _largest(error: Array, most: int) -> list[tuple[int, ...]]:
 
 def _cosine(had: Array, wanted: Array) -> float:
     a, b = had.ravel(), wanted.ravel()
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = a[finite], b[finite]
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return 0.0
     norms = float(np.sqrt((a * a).sum()) * np.sqrt((b * b).sum()))  # no BLAS: its threads would wait for each other
     if norms == 0.0:
         return 1.0 if not a.any() and not b.any() else 0.0
@@ -94,10 +94,11 @@ class LogitRow:
 
 
 def logit_rows(found: Array, expected: Array, rows: tuple[tuple[int, int], ...]) -> list[LogitRow]:
-    """Compares logits [R, vocab] row by row; `rows` are (sequence, position) of each."""
-    wanted, had = log_softmax(expected), log_softmax(found)
-    kl = np.maximum((np.exp(wanted) * (wanted - had)).sum(axis=-1), 0.0)
-    error = np.abs(np.asarray(found, np.float64) - expected).max(axis=-1)
+    """Compares logits [R, vocab] row by row; `rows` are (sequence, position) of each; KL of NaN is NaN."""
+    with np.errstate(invalid="ignore"):
+        wanted, had = log_softmax(expected), log_softmax(found)
+        kl = np.maximum((np.exp(wanted) * (wanted - had)).sum(axis=-1), 0.0)
+        error = np.abs(np.asarray(found, np.float64) - expected).max(axis=-1)
     first = found.argmax(axis=-1) == expected.argmax(axis=-1)
     k = min(5, found.shape[-1])
     best = [np.argpartition(-np.asarray(side), k - 1, axis=-1)[:, :k] for side in (found, expected)]

@@ -6,10 +6,11 @@ Only code that the user names is run, and none of a checkpoint.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,41 @@ def load_reference_for(text: str, bundle: Bundle) -> Compute:
     if not colon or not kind or not rest:
         raise UsageError(f"--reference is {text!r}, but one of {FORMS} is needed.")
     if kind == "numpy":
-        return _traced(numpy_reference(Path(rest), bundle))
+        return _of_vocabulary(_traced(numpy_reference(Path(rest), bundle)), text, bundle)
     logits = _transformers(rest) if kind == "transformers" else _function(kind, rest)
-    return lambda ids: {"logits": logits(ids)}
+    return _of_vocabulary(lambda ids: {"logits": logits(ids)}, text, bundle)
+
+
+def _of_vocabulary(compute: Compute, name: str, bundle: Bundle) -> Compute:
+    """The same; it raises AngelForgeError where the logits are of another vocabulary than the bundle's."""
+    width = bundle.manifest.model.vocab_size
+
+    def checked(ids: Array) -> Mapping[str, Array]:
+        values = compute(ids)
+        if values["logits"].shape[-1] != width:
+            raise AngelForgeError(
+                f"The reference {name} gave logits of {values['logits'].shape[-1]} ids, but the bundle's vocabulary "
+                f"has {width}. Is it the same model?"
+            )
+        return values
+
+    return checked
+
+
+class _UserErrors:
+    """Turns whatever code of the user's raises into AngelForgeErrors that name it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, AngelForgeError):
+            raise AngelForgeError(f"{self.what} raised {type(error).__name__}: {error}.") from error
 
 
 def _traced(reference: Reference) -> Compute:
@@ -73,15 +106,22 @@ def rope_keys(model: ModelConfig) -> dict[str, Any]:
 def _function(module: str, name: str) -> Logits:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` finds modules
-    try:
-        found = getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--reference names the module {module!r}, but {error.name!r} cannot be found.") from error
-    except AttributeError:
-        raise UsageError(f"The module {module!r} has nothing called {name!r}.") from None
+    with _UserErrors(f"The module {module!r} of --reference"):
+        try:
+            loaded = import_module(module)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--reference names the module {module!r}, but {error.name!r} cannot be found.") from error
+    found = getattr(loaded, name, None)
+    if found is None:
+        raise UsageError(f"The module {module!r} has nothing called {name!r}.")
     if not callable(found):
         raise UsageError(f"{module}:{name} cannot be called; a function from token ids to logits is needed.")
-    return lambda ids: _checked(found(ids), len(ids), f"{module}:{name}")
+
+    def logits(ids: Array) -> Array:
+        with _UserErrors(f"The reference {module}:{name}"):
+            return _checked(found(ids), len(ids), f"{module}:{name}")
+
+    return logits
 
 
 def _checked(logits: Any, tokens: int, name: str) -> Array:
@@ -94,6 +134,8 @@ def _checked(logits: Any, tokens: int, name: str) -> Array:
             f"The reference {name} gave logits of shape {list(array.shape)} for {tokens} ids, expected "
             f"[{tokens}, vocabulary]."
         )
+    if array.dtype.kind not in "fiub" and array.dtype.name not in ("bfloat16", "float16"):
+        raise AngelForgeError(f"The reference {name} gave values of type {array.dtype}; real numbers are needed.")
     return array
 
 

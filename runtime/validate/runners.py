@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -21,8 +22,10 @@ import onnx_ir as ir
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
+from polygraphy.logger import G_LOGGER
 
 from angelforge.bundle import Bundle
+from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.engines import Engine, load_engine
 from angelforge.runtime.onnxruntime_session import INPUTS
@@ -59,10 +62,25 @@ class BundleRunner(BaseRunner, ABC):  # type: ignore[misc]
         assert dtype is not None
         return np.dtype(np.float32) if dtype == ir.DataType.BFLOAT16 else dtype.numpy()
 
+    def activate(self) -> None:
+        """As Polygraphy's, on whose command line an error is a sentence of its own kind."""
+        with self._told():
+            super().activate()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except AngelForgeError as error:
+            if not self.own_pool:  # Polygraphy's command line, which shows tracebacks of all errors but its own
+                G_LOGGER.critical(str(error))
+            raise
+
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> Outputs:
         """Outputs of one packed call."""
         begin = perf_counter()
-        outputs = self.call(feed_dict)
+        with self._told():
+            outputs = self.call(feed_dict)
         self.inference_time = perf_counter() - begin
         return outputs
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,41 @@ def test_a_fault_is_named(faulty: Path, tmp_path: Path) -> None:
     assert parsed.loaded == []
     assert parsed.tags.count("svg") >= 2
     assert "layer 2, MoEGateUp" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return np.zeros((len(ids), 320))", "graph differs from the reference"),
+        ("return np.full((len(ids), 320), np.nan)", "graph differs from the reference"),
+        ("return np.zeros((len(ids), 300))", "vocabulary has 320"),
+        ("raise KeyError('mine')", "no_model:logits raised KeyError: 'mine'"),
+        ("return 'hello'", "expected [23, vocabulary]"),
+        ("return [['a'] * 320] * len(ids)", "real numbers"),
+    ],
+)
+def test_wrong_references_are_told(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str
+) -> None:
+    """Exit code 1 and a sentence that blames the reference, whatever it does."""
+    (tmp_path / "no_model.py").write_text(f"import numpy as np\n\ndef logits(ids):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "no_model", raising=False)
+    result = run(model[1].folder, *FEW, "--reference", "no_model:logits")
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_a_reference_that_is_no_python(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module with a syntax error is named, too."""
+    (tmp_path / "no_python.py").write_text("def (\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run(model[1].folder, *FEW, "--reference", "no_python:logits")
+    assert result.exit_code == 1
+    assert "raised SyntaxError" in " ".join(result.output.split())
 
 
 def test_only_some_layers(faulty: Path) -> None:

@@ -8,6 +8,10 @@ import tomllib
 from polygraphy.exception import PolygraphyException
 from support.sources import ROOT
 
+from angelforge.exporter.export import ExportOptions, export
+from angelforge.exporter.synthetic import small_config, write_checkpoint
+from angelforge.precision import Precision
+from angelforge.runtime.validate.data import feed_dicts
 from angelforge.runtime.validate.polygraphy_plugin import arg_groups, make_runner
 
 
@@ -26,3 +30,19 @@ def test_errors_are_polygraphys(tmp_path: Path) -> None:
     """A sentence, and none of our tracebacks."""
     with pytest.raises(PolygraphyException, match=r"no angelforge\.json"):
         make_runner("judge", str(tmp_path / "model.onnx"))
+
+
+def test_errors_of_runners_are_polygraphys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a runner is opened, and while it runs: no engine was built, the reference raises."""
+    (tmp_path / "broken_model.py").write_text("def logits(ids):\n    raise ValueError('mine')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(num_hidden_layers=2, vocab_size=320))
+    bundle = export(str(checkpoint), tmp_path / "bundle", ExportOptions(precision=Precision.FP32))
+    graph = str(bundle.folder / "model.onnx")
+    (feed,) = feed_dicts(str(bundle.folder), 1)
+    engine = make_runner("engine", graph)
+    with pytest.raises(PolygraphyException, match="build"), engine:
+        engine.infer(feed)
+    reference = make_runner("reference", graph, "broken_model:logits")
+    with pytest.raises(PolygraphyException, match="raised ValueError: mine"), reference:
+        reference.infer(feed)
