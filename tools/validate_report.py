@@ -39,7 +39,8 @@ def print_validation(result: Validation, html: Path | None) -> None:
             click.echo(line)
     if result.wholes and result.limits.logits is None and result.operators:
         click.echo(
-            f"{result.precision} is judged operator by operator: one rounding step changes everything behind it."
+            f"{result.precision} is judged operator by operator, and loosely as a whole: "
+            "one rounding step changes everything behind it."
         )
     if html is not None:
         click.echo(f"page: {html}")

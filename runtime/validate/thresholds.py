@@ -4,8 +4,8 @@ Errors are relative: the largest difference of a tensor over its largest magnitu
 differs from the judge by summation order. One that stores bf16 may round a value the other way: one step is 2^-8 of
 the element. Where an e4m3 value lies near the middle of two, summation decides: a step of that element, rarely. One
 such step changes everything behind it, so that whole FP8 models, and bf16 ones, are judged operator by operator; as
-wholes only layer 0, which nothing has amplified yet, and whether they still say the same at all: sound FP8 models with
-random weights had cosines from 0.94 and mean KL to 0.3 nats, other weights have cosines near 0.
+wholes only layer 0, which nothing has amplified yet, and whether they still say the same at all: of sound FP8 models
+with random weights the worst that was measured, 24 layers deep beside NumPy, is a cosine of 0.77 and a mean KL of 0.9.
 """
 
 from __future__ import annotations
