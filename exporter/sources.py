@@ -63,7 +63,12 @@ class Sources:
         return cls(checkpoint.folder, config, opened.config, dataclasses.replace(checkpoint, tensors=both))
 
 
-def _supported(config: ModelConfig, rope_scaling: str | None) -> ModelConfig:
+def require_exportable(config: ModelConfig) -> None:
+    """Raises UsageError for a model that there is no graph for."""
     if not config.use_qk_norm:
         raise UsageError("The checkpoint has use_qk_norm false; only models with QK-norm can be exported.")
+
+
+def _supported(config: ModelConfig, rope_scaling: str | None) -> ModelConfig:
+    require_exportable(config)
     return config if rope_scaling is None else config.with_rope_scaling(rope_scaling)

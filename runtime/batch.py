@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -100,3 +100,6 @@ def _within(values: npt.NDArray[np.integer], low: int, high: int) -> bool:
 def _require(condition: bool, rule: str) -> None:
     if not condition:
         raise AngelForgeError(f"The packed call breaks a rule of the graph's inputs: {rule}.")
+
+
+INPUTS = tuple(field.name for field in fields(Batch))  # names of the graph's bookkeeping inputs

@@ -13,9 +13,9 @@ from angelforge.dtypes import DType
 from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS
 from angelforge.engines.segments import split
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Batch, Float32
+from angelforge.runtime.batch import INPUTS, Batch, Float32
 from angelforge.runtime.group import Group
-from angelforge.runtime.onnxruntime_session import INPUTS, load_session
+from angelforge.runtime.onnxruntime_session import load_session
 from angelforge.runtime.rank_weights import read_slice
 from angelforge.runtime.sharding import slices
 

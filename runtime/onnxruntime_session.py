@@ -12,18 +12,7 @@ from angelforge.bundle import Bundle
 from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS, session_options
 from angelforge.errors import AngelForgeError
 from angelforge.precision import Precision
-from angelforge.runtime.batch import Batch, Float32
-
-INPUTS = (
-    "input_ids",
-    "positions",
-    "num_tokens",
-    "query_start",
-    "kv_length",
-    "page_table",
-    "slots",
-    "logit_indices",
-)
+from angelforge.runtime.batch import INPUTS, Batch, Float32
 
 
 def load_session(bundle: Bundle, graph: bytes, threads: int) -> onnxruntime.InferenceSession:

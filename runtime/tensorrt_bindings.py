@@ -9,19 +9,10 @@ from typing import Any
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.types import from_tensorrt
+from angelforge.runtime.batch import INPUTS
 from angelforge.runtime.device import ALIGNMENT
 from angelforge.runtime.weight_layout import Wanted
 
-STEP_INPUTS = (
-    "input_ids",
-    "positions",
-    "num_tokens",
-    "query_start",
-    "kv_length",
-    "page_table",
-    "slots",
-    "logit_indices",
-)
 _POOL, _POOL_OUT = "kv_cache.", "kv_cache_out."
 
 
@@ -77,7 +68,7 @@ def sort_tensors(tensors: Sequence[Tensor], extra_inputs: Sequence[str], outputs
     inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
     results = {tensor.name: tensor for tensor in tensors if not tensor.is_input}
     layers = sum(name.startswith(_POOL) for name in inputs)
-    needed = [*STEP_INPUTS, *extra_inputs, *(f"{_POOL}{i}" for i in range(max(layers, 1)))]
+    needed = [*INPUTS, *extra_inputs, *(f"{_POOL}{i}" for i in range(max(layers, 1)))]
     missing = [name for name in needed if name not in inputs]
     missing += [name for name in (*outputs, *(f"{_POOL_OUT}{i}" for i in range(layers))) if name not in results]
     if missing:

@@ -9,8 +9,8 @@ from angelforge.engines.kernel_checks import check_kernels
 from angelforge.engines.network import prepare_network
 from angelforge.engines.plan_types import PlanRequest
 from angelforge.engines.profiles import StepLimits, make_profiles
-from angelforge.errors import UsageError
 from angelforge.exporter.graph import build_graph
+from angelforge.exporter.sources import require_exportable
 from angelforge.plugins.kernel import Gpu
 from angelforge.precision import Precision
 
@@ -28,8 +28,7 @@ def check_operators(request: PlanRequest) -> str | None:
         UsageError: the model cannot be exported.
     """
     config, target = request.config, request.target
-    if not config.use_qk_norm:
-        raise UsageError("The checkpoint has use_qk_norm false; only models with QK-norm can be exported.")
+    require_exportable(config)
     if target.sms is None:
         return None
     if find_spec("triton") is None:

@@ -23,8 +23,7 @@ from angelforge.exporter.graph import build_graph
 from angelforge.exporter.layout import bundle_tensors, locate, plan_shards
 from angelforge.exporter.packer import pack
 from angelforge.precision import Precision, natural_precision
-from angelforge.runtime.batch import Batch
-from angelforge.runtime.onnxruntime_session import INPUTS
+from angelforge.runtime.batch import INPUTS, Batch
 from angelforge.runtime.packing import Piece
 from angelforge.runtime.packing import pack as pack_tokens
 from angelforge.runtime.validate.cutting import Array, OrtPiece, cut

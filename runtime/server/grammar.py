@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import llguidance
@@ -69,38 +70,38 @@ class Matching:
             raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
 
 
-def json_grammar(schema: Mapping[str, Any], param: str = "response_format") -> str:
-    """JSON that fits a schema. Raises ApiError (400) naming the field `param` if the schema makes no sense."""
-    try:
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """JSON that fits a schema. Raises ApiError (400) if the schema makes no sense."""
+    with _refused("response_format"):
         return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
-    except (ValueError, RecursionError) as error:  # half characters, nesting without end
-        raise _refused(error, param) from None
 
 
-def _refused(error: Exception, param: str) -> ApiError:
-    return ApiError(400, f"{param} cannot be followed: {str(error).splitlines()[0].rstrip('.')[:200]}.", param)
-
-
-def tool_call_grammar(functions: Sequence[Function], special_tags: bool, param: str = "tools") -> str:
+def tool_call_grammar(functions: Sequence[Function], special_tags: bool) -> str:
     """One call of one of the functions, between the tags that Ling's templates use, as special tokens or spelt.
 
-    Raises ApiError (400) naming the field `param` if parameters make no sense.
+    Raises ApiError (400) if parameters make no sense.
     """
     begin, end = (BEGIN, END) if special_tags else (f'"{BEGIN}"', f'"{END}"')
     lines = [f"start: {' | '.join(f'call_{number}' for number in range(len(functions)))}"]
-    for number, function in enumerate(functions):
-        schema = {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-            "x-guidance": _ON_ONE_LINE,
-        }
-        try:
+    with _refused("tools"):
+        for number, function in enumerate(functions):
+            arguments = function.parameters or {"type": "object"}
+            schema = {
+                "type": "object",
+                "properties": {"name": {"const": function.name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+                "x-guidance": _ON_ONE_LINE,
+            }
             lines.append(f'call_{number}: {begin} "\\n" %json {json.dumps(schema)} "\\n" {end}')
-        except (ValueError, RecursionError) as error:
-            raise _refused(error, param) from None
-    try:
         return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))
+
+
+@contextmanager
+def _refused(param: str) -> Iterator[None]:
+    """Half characters, and nesting without end, are the sender's error in the field `param`."""
+    try:
+        yield
     except (ValueError, RecursionError) as error:
-        raise _refused(error, param) from None
+        reason = str(error).splitlines()[0].rstrip(".")[:200]
+        raise ApiError(400, f"{param} cannot be followed: {reason}.", param) from None

@@ -11,8 +11,7 @@ import numpy as np
 
 from angelforge.bundle import Bundle
 from angelforge.errors import UsageError
-from angelforge.runtime.batch import Batch, Int64
-from angelforge.runtime.onnxruntime_session import INPUTS
+from angelforge.runtime.batch import INPUTS, Batch, Int64
 from angelforge.runtime.packing import Padding, Piece, pack
 
 

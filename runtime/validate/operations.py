@@ -16,7 +16,7 @@ import onnx_ir as ir
 from angelforge.bundle import Bundle
 from angelforge.engines.network import check_operators
 from angelforge.engines.widen import widen_activations
-from angelforge.runtime.onnxruntime_session import INPUTS
+from angelforge.runtime.batch import INPUTS
 from angelforge.runtime.validate.rounding import round_as_stored
 
 

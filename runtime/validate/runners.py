@@ -26,9 +26,8 @@ from polygraphy.logger import G_LOGGER
 
 from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Batch
+from angelforge.runtime.batch import INPUTS, Batch
 from angelforge.runtime.engines import Engine, load_engine
-from angelforge.runtime.onnxruntime_session import INPUTS
 from angelforge.runtime.validate.cutting import Array, OrtPiece, Values, cut
 from angelforge.runtime.validate.engine_graph import Piece
 from angelforge.runtime.validate.kernel_graph import KernelGraph

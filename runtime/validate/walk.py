@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
-from angelforge.runtime.onnxruntime_session import INPUTS
+from angelforge.runtime.batch import INPUTS
 from angelforge.runtime.validate.compare import Finding, Scene, compare_operation, not_comparable
 from angelforge.runtime.validate.cutting import Array, OrtPiece, Values, cut
 from angelforge.runtime.validate.data import Schedule

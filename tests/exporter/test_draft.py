@@ -19,9 +19,9 @@ from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
 from angelforge.precision import Precision
+from angelforge.runtime.batch import INPUTS
 from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from angelforge.runtime.onnxruntime_session import INPUTS
 from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.validate.draft_reference import DraftReference, load_draft_reference
 from angelforge.runtime.validate.reference import load_reference

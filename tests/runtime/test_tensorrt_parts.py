@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from angelforge.dtypes import DType
 from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.errors import AngelForgeError, UsageError
-from angelforge.runtime.batch import Batch
+from angelforge.runtime.batch import INPUTS, Batch
 from angelforge.runtime.device import open_device
 from angelforge.runtime.packing import Padding, Piece, pack
-from angelforge.runtime.tensorrt_bindings import STEP_INPUTS, Tensor, sort_tensors
+from angelforge.runtime.tensorrt_bindings import Tensor, sort_tensors
 from angelforge.runtime.tensorrt_buckets import Buckets, sizes_of
 from angelforge.runtime.tensorrt_inputs import ROWS, InputArena, InputLayout
 from angelforge.runtime.tensorrt_memory import DeviceNeeds, PoolWish, choose_pages
@@ -80,7 +80,7 @@ def test_an_earlier_step_leaves_no_trace() -> None:
     arena.send(layout, second, None, PAGE, None)
     views = arena._views_of(layout)
     padded = pack([Piece(np.array([5]), 3, np.array([9], np.int32), 1)], PAGE, Padding(40, 4, 3, 8))
-    for name in STEP_INPUTS:
+    for name in INPUTS:
         if name != "page_table":
             assert np.array_equal(views[name], getattr(padded, name)), name
 
@@ -139,7 +139,7 @@ def test_prompts_run_as_they_are() -> None:
 def tensors() -> list[Tensor]:
     """Those of a two-layer engine, shuffled."""
     pool = (-1, 2, 4, 64, 128)
-    found = [Tensor(name, True, DType.I32, (-1,)) for name in STEP_INPUTS]
+    found = [Tensor(name, True, DType.I32, (-1,)) for name in INPUTS]
     found += [Tensor(f"kv_cache.{i}", True, DType.BF16, pool) for i in range(2)]
     found += [Tensor(f"kv_cache_out.{i}", False, DType.BF16, pool) for i in range(2)]
     found += [Tensor("logits", False, DType.F32, (-1, 99)), Tensor("w", True, DType.F8_E4M3, (7, 8))]
