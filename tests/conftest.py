@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The same examples in every run of `make test`, so that it never fails by chance; `make test-full` looks for new ones.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)
-settings.register_profile("full", deadline=None, max_examples=1000)
+settings.register_profile("full", deadline=None, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
