@@ -10,7 +10,7 @@ import click
 
 from angelforge.runtime.depth import Depth
 from angelforge.tools.engine_options import kv_memory_option, target_option, threads_option
-from angelforge.tools.load.options import Asks, load_options
+from angelforge.tools.load.options import Asks, LoadOptions, load_options
 from angelforge.tools.options import bundle_argument, json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.speculation_text import speculate_option
@@ -31,14 +31,7 @@ if TYPE_CHECKING:
 def decode(
     bundle: Path,
     target: str,
-    concurrencies: tuple[int, ...],
-    dataset: Path | None,
-    raw: bool,
-    input_tokens: int,
-    output_tokens: int,
-    requests: int | None,
-    temperature: float,
-    plot: Path | None,
+    load: LoadOptions,
     speculate: Depth,
     kv_memory: int | None,
     threads: int | None,
@@ -56,22 +49,18 @@ def decode(
     from angelforge.bundle import Bundle
 
     manifest = Bundle.open(bundle).manifest
-    sizes = (input_tokens, output_tokens, requests, manifest.model.vocab_size)
     found: list[Figures] = []
-    loading: dict[str, Any] = {"kv_memory": kv_memory, "threads": threads, "max_batch": max(concurrencies)}
+    loading: dict[str, Any] = {"kv_memory": kv_memory, "threads": threads, "max_batch": max(load.concurrencies)}
     for depth in depths(manifest, speculate):
-        asks = Asks(dataset, raw, *sizes)  # the same with the draft and without
-        found += _measure(bundle, target, manifest, concurrencies, asks, temperature, {**loading, "speculate": depth})
-    report(found, {"bundle": str(bundle), "target": target}, plot, as_json)
+        found += _measure(bundle, target, manifest, load, {**loading, "speculate": depth})
+    report(found, {"bundle": str(bundle), "target": target}, load.plot, as_json)
 
 
 def _measure(
     bundle: Path,
     target: str,
     manifest: Manifest,
-    concurrencies: Sequence[int],
-    asks: Asks,
-    temperature: float,
+    load: LoadOptions,
     loading: dict[str, Any],
 ) -> list[Figures]:
     from angelforge.runtime.llm import LLM
@@ -81,13 +70,14 @@ def _measure(
     from angelforge.tools.load.limit import limit_of
 
     found, drafted = [], loading["speculate"] != 0
+    asks = Asks(load, manifest.model.vocab_size)  # the same with the draft and without
     with LLM(bundle, target, **loading) as llm:
-        run_in_process(llm, asks.take(1)[:1], 1, temperature, lambda ended, all_: None)  # first calls are slower
-        for concurrency in concurrencies:
+        run_in_process(llm, asks.take(1)[:1], 1, load.temperature, lambda ended, all_: None)  # first calls are slower
+        for concurrency in load.concurrencies:
             before, these = llm.speculation, asks.take(concurrency)
             name = f"{concurrency} at once, with{'' if drafted else 'out'} the draft"
             with total_progress(name, "requests") as tell:
-                samples, seconds = run_in_process(llm, these, concurrency, temperature, tell)
+                samples, seconds = run_in_process(llm, these, concurrency, load.temperature, tell)
             accepted = None
             if before is not None and llm.speculation is not None and llm.speculation.rounds > before.rounds:
                 rounds = llm.speculation.rounds - before.rounds

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from angelforge.errors import AngelForgeError
 from angelforge.runtime.depth import Depth
 from angelforge.tools.bench_decode import depths, report
 from angelforge.tools.engine_options import target_option, threads_option
-from angelforge.tools.load.options import Asks, load_options
+from angelforge.tools.load.options import Asks, LoadOptions, load_options
 from angelforge.tools.options import json_option
 from angelforge.tools.output import total_progress
 from angelforge.tools.speculation_text import speculate_option
@@ -42,14 +42,7 @@ _VOCABULARY = 1000  # ids that any model has, for random prompts to a server of 
 def serve(
     server: str,
     target: str,
-    concurrencies: tuple[int, ...],
-    dataset: Path | None,
-    raw: bool,
-    input_tokens: int,
-    output_tokens: int,
-    requests: int | None,
-    temperature: float,
-    plot: Path | None,
+    load: LoadOptions,
     speculate: Depth,
     threads: int | None,
     as_json: bool,
@@ -68,27 +61,23 @@ def serve(
     from angelforge.targets import get_target
     from angelforge.tools.load.over_http import Address
 
-    sizes = (input_tokens, output_tokens, requests, _VOCABULARY)
     found: list[Figures] = []
     if "://" in server:
         address = Address(server, key=os.environ.get("ANGELFORGE_API_KEY"))
         address = Address(server, address.first_model(), address.key)
-        found += _measure(address, concurrencies, Asks(dataset, raw, *sizes), temperature)
-        report(found, {"server": server, "model": address.model}, plot, as_json)
+        found += _measure(address, load)
+        report(found, {"server": server, "model": address.model}, load.plot, as_json)
         return
     manifest = Bundle.open(Path(server)).manifest
     for depth in depths(manifest, speculate):
-        with _served(Path(server), target, depth, max(concurrencies), threads) as address:
-            asks = Asks(dataset, raw, *sizes)  # the same with the draft and without
-            found += _measure(address, concurrencies, asks, temperature, depth != 0, (manifest, get_target(target)))
-    report(found, {"bundle": server, "target": target}, plot, as_json)
+        with _served(Path(server), target, depth, max(load.concurrencies), threads) as address:
+            found += _measure(address, load, depth != 0, (manifest, get_target(target)))
+    report(found, {"bundle": server, "target": target}, load.plot, as_json)
 
 
 def _measure(
     address: Address,
-    concurrencies: Sequence[int],
-    asks: Asks,
-    temperature: float,
+    load: LoadOptions,
     drafted: bool = False,
     served: tuple[Manifest, Target] | None = None,
 ) -> list[Figures]:
@@ -98,12 +87,13 @@ def _measure(
     from angelforge.tools.load.over_http import run_over_http
 
     found = []
-    run_over_http(address, asks.take(1)[:1], 1, temperature, lambda ended, all_: None)  # first calls are slower
-    for concurrency in concurrencies:
+    asks = Asks(load, _VOCABULARY)  # the same with the draft and without
+    run_over_http(address, asks.take(1)[:1], 1, load.temperature, lambda ended, all_: None)  # first calls are slower
+    for concurrency in load.concurrencies:
         these = asks.take(concurrency)
         name = f"{concurrency} clients{', with the draft' if drafted else ''}"
         with total_progress(name, "requests") as tell:
-            samples, seconds = run_over_http(address, these, concurrency, temperature, tell)
+            samples, seconds = run_over_http(address, these, concurrency, load.temperature, tell)
         limit = None if served is None else limit_of(*served, concurrency, samples)
         found.append(summarize(samples, concurrency, drafted, seconds, limit=limit))
     return found

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from angelforge.errors import UsageError
 from angelforge.tools.load.prompts import Ask, read_dataset, synthetic
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _concurrencies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -44,31 +44,44 @@ _OPTIONS = (
 )
 
 
-def load_options(command: F) -> F:
-    """Adds the options to a command."""
+@dataclass(frozen=True)
+class LoadOptions:
+    """What is asked, how much of it at once, and where the curves go."""
+
+    concurrencies: tuple[int, ...]
+    dataset: Path | None
+    raw: bool
+    input_tokens: int
+    output_tokens: int
+    requests: int | None
+    temperature: float
+    plot: Path | None
+
+
+def load_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options to a command, which takes them as one `load: LoadOptions`."""
+
+    @wraps(command)
+    def with_load(**values: Any) -> None:
+        taken = {field.name: values.pop(field.name) for field in fields(LoadOptions)}
+        command(load=LoadOptions(**taken), **values)
+
+    given: Callable[..., None] = with_load
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        given = option(given)
+    return given
 
 
 class Asks:
     """The requests of all figures: a dataset in its order, over and over, or random ones, fresh for each figure."""
 
-    def __init__(
-        self,
-        dataset: Path | None,
-        raw: bool,
-        input_tokens: int,
-        output_tokens: int,
-        requests: int | None,
-        vocab_size: int,
-    ) -> None:
-        """Raises UsageError for a dataset that cannot be asked."""
-        if raw and dataset is None:
+    def __init__(self, load: LoadOptions, vocab_size: int) -> None:
+        """`vocab_size` bounds random ids. Raises UsageError for a dataset that cannot be asked."""
+        if load.raw and load.dataset is None:
             raise UsageError("--raw is for --dataset.")
-        self._lines = None if dataset is None else read_dataset(dataset, output_tokens, raw)
-        self._sizes = (input_tokens, output_tokens, vocab_size)
-        self._requests = requests
+        self._lines = None if load.dataset is None else read_dataset(load.dataset, load.output_tokens, load.raw)
+        self._sizes = (load.input_tokens, load.output_tokens, vocab_size)
+        self._requests = load.requests
         self._next = 0
 
     def take(self, concurrency: int) -> Sequence[Ask]:

@@ -19,7 +19,7 @@ from angelforge.tools.load.curves import curves
 from angelforge.tools.load.figures import Sample, summarize
 from angelforge.tools.load.in_process import run_in_process
 from angelforge.tools.load.limit import limit_of
-from angelforge.tools.load.options import Asks
+from angelforge.tools.load.options import Asks, LoadOptions
 from angelforge.tools.load.over_http import Address, run_over_http
 from angelforge.tools.load.prompts import Ask, read_dataset, synthetic
 from angelforge.tools.load.report import ratio, write_plot
@@ -41,7 +41,7 @@ def test_datasets_are_asked_as_chats(tmp_path: Path) -> None:
     assert all(ask.max_tokens == 50 and not ask.ignore_eos for ask in asks)
     raw = read_dataset(file, 50, raw=True)
     assert [ask.text for ask in raw] == ["def f():", "How many?", "Evaluate 1 + 1.", None]
-    again = Asks(file, False, 1, 50, 3, 100)
+    again = Asks(LoadOptions((1,), file, False, 1, 50, 3, 0.0, None), vocab_size=100)
     assert [again.take(1), again.take(1)] == [asks[:3], [asks[3], *asks[:2]]]
 
 
