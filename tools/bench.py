@@ -3,6 +3,7 @@
 import click
 
 from angelforge.tools.bench_decode import decode
+from angelforge.tools.bench_device import device
 from angelforge.tools.bench_headers import headers
 from angelforge.tools.bench_host import host
 from angelforge.tools.bench_kernels import kernels
@@ -13,7 +14,7 @@ from angelforge.tools.bench_step import step
 
 @click.group()
 def bench() -> None:
-    """Measure packing, header checks, steps, kernels, generation and servers on this machine.
+    """Measure packing, header checks, steps, kernels, a GPU's decoding step, generation and servers on this machine.
 
     \b
     Example:
@@ -21,5 +22,5 @@ def bench() -> None:
     """
 
 
-for command in (pack, headers, step, host, kernels, decode, serve):
+for command in (pack, headers, step, host, kernels, device, decode, serve):
     bench.add_command(command)

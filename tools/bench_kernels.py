@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,9 @@ import click
 
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.registry import OPERATORS
+from angelforge.tools.gpu_needed import require_gpu
 
 if TYPE_CHECKING:
-    from angelforge.plugins.tensorrt.gpu import GpuFacts
     from angelforge.tools.kernel_bench.measure import Machine
     from angelforge.tools.kernel_bench.run import Deadline
 
@@ -42,7 +41,7 @@ def kernels(
     unknown = [name for name in operators if name not in OPERATORS]
     if unknown:
         raise UsageError(f"There is no operator {unknown[0]!r}; there are {', '.join(OPERATORS)}.")
-    facts = _require()
+    facts = require_gpu("bench kernels")
     from angelforge.tools.kernel_bench.run import Deadline, find_machine, run
 
     deadline = Deadline(seconds)
@@ -74,29 +73,3 @@ def _tune(machine: Machine, operators: tuple[str, ...], deadline: Deadline, path
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _require() -> GpuFacts:
-    """The GPU, when everything is there to use it.
-
-    Raises:
-        AngelForgeError: something is missing; the message says what.
-    """
-    from angelforge.plugins.tensorrt.gpu import find_gpu
-
-    facts = find_gpu()
-    if facts is None:
-        raise AngelForgeError(
-            "This machine has no NVIDIA GPU, or its driver does not work (see angelforge doctor), so there is nothing "
-            "to measure: run bench kernels on a machine with one, see docs/measurements/README.md."
-        )
-    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
-    if missing:
-        raise AngelForgeError(
-            f"Measuring kernels needs {' and '.join(missing)}: pip install 'angelforge[torch,triton]'."
-        )
-    import torch
-
-    if not torch.cuda.is_available():
-        raise AngelForgeError(f"torch {torch.__version__} cannot use the {facts.name}; install torch built for CUDA.")
-    return facts

@@ -17,7 +17,7 @@ from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.plugins.tensorrt.kernels import find_kernel
 from angelforge.plugins.tuning import read_rows
 from angelforge.targets import get_target
-from angelforge.tools import bench_kernels
+from angelforge.tools import bench_kernels, gpu_needed
 from angelforge.tools.cli import main
 from angelforge.tools.kernel_bench import measure, run, tuner, warm, work
 from angelforge.tools.kernel_bench.checks import check_config
@@ -144,7 +144,7 @@ def test_tuning_writes_the_fastest_right_tile(tmp_path: Path, monkeypatch: pytes
     assert best_row(Task("8", (call,)), {default: 1.0, near[2]: 0.99}, MACHINE) is None
     monkeypatch.setattr(tuner, "tune", lambda *_: (rows, []))
     monkeypatch.setattr(run, "find_machine", lambda facts: MACHINE)
-    monkeypatch.setattr(bench_kernels, "_require", lambda: None)
+    monkeypatch.setattr(bench_kernels, "require_gpu", lambda command: None)
     for _ in range(2):  # a second time the file exists
         result = CliRunner().invoke(main, ["bench", "kernels", "--tune", "--tuning", str(tmp_path / "t.json")])
         assert result.exit_code == 0, result.output
@@ -203,7 +203,7 @@ def test_what_else_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "find_gpu", lambda index=0: GpuFacts("NVIDIA H20", "sm_90", 78, 10**11, "580"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "cannot use the NVIDIA H20" in CliRunner().invoke(main, ["bench", "kernels"]).output
-    monkeypatch.setattr(bench_kernels, "find_spec", lambda name: None if name == "triton" else True)
+    monkeypatch.setattr(gpu_needed, "find_spec", lambda name: None if name == "triton" else True)
     assert "needs triton" in CliRunner().invoke(main, ["bench", "kernels"]).output
     result = CliRunner().invoke(main, ["bench", "kernels", "--operator", "Nothing"])
     assert result.exit_code == 2

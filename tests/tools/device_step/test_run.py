@@ -1,0 +1,140 @@
+"""A whole run of `bench device` on a CPU: the interpreter runs the kernels, and clock and memory are replaced."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from angelforge.config import ModelConfig
+from angelforge.exporter.synthetic_config import FULL_CONFIG, small_config
+from angelforge.plugins import run_kernel
+from angelforge.plugins.device.interpreted import exact_numbers
+from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.tensorrt import gpu as gpus
+from angelforge.precision import Precision
+from angelforge.targets import get_target
+from angelforge.tools.cli import main
+from angelforge.tools.device_step import run as module
+from angelforge.tools.device_step.measure import Figures, OperatorTime, first_run
+from angelforge.tools.device_step.memory import Subject
+from angelforge.tools.device_step.model import DeviceModel
+from angelforge.tools.device_step.report import Report, make_row
+from angelforge.tools.device_step.run import run
+from angelforge.tools.device_step.sequences import Case
+from angelforge.tools.kernel_bench.measure import Machine
+from angelforge.tools.kernel_bench.statistics import Timing
+
+MACHINE = Machine("NVIDIA H200", Gpu("sm_90", 132), get_target("h200"), 4.3e12, device="cpu")
+FULL = Subject(ModelConfig.from_dict(FULL_CONFIG), Precision.FP8, 131072)
+SMALL = ModelConfig.from_dict(small_config())
+
+
+def figures(case: Case, milliseconds: float, experts: int, **more: Any) -> Figures:
+    return Figures(
+        case, Timing(1000 * milliseconds, 1.0, 0.0), (experts,) * 31, **{"finite": True, "repeatable": True, **more}
+    )
+
+
+def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of a small model; a case that fails ends the run with a sentence, figures before it stand."""
+    launch = run_kernel.launch
+
+    def exact(*arguments: Any) -> None:
+        with exact_numbers():
+            launch(*arguments)
+
+    def measured(model: DeviceModel, case: Case, rounds: int) -> Figures:
+        if case.batch == 2:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        found = first_run(model, model.values(case), keep=False)
+        return Figures(case, Timing(500.0, 400.0, 0.1), found.experts, bool(found.logits.isfinite().all()), True)
+
+    monkeypatch.setattr(run_kernel, "launch", exact)
+    monkeypatch.setattr(module, "measure_case", measured)
+    monkeypatch.setattr(module, "free_bytes", lambda: 2_000_000_000)
+    said: list[str] = []
+    subject = Subject(SMALL.with_layers(1), Precision.FP8, 65)
+    cases = [Case(1, 65), Case(64, 10**6), Case(2, 3)]
+    report = run(MACHINE, subject, SMALL.num_hidden_layers, cases, 4, said.append)
+    [row] = report.rows
+    assert (row.figures.case, row.figures.finite, row.tokens_per_second) == (Case(1, 65), True, 2000.0)
+    assert report.problems == ["batch 2 at 3: CUDA error: an illegal memory access; the run ends here"]
+    assert [case for case, _ in report.left_out] == [Case(64, 10**6)]
+    table = report.markdown()
+    assert "1 of 4 layers in fp8, random weights" in table
+    assert "14 launches a step, 9 to 9 a layer" in table
+    assert "not measured: batch 64 at 1000000 needs" in table
+    assert "wrong: batch 2 at 3: CUDA error" in table
+    assert any("0.500 ms" in line for line in said)
+
+
+def test_figures_follow_from_time_bytes_and_bandwidth() -> None:
+    """The goals of the issue: 400 tok/s at batch 1, 80 % of achievable bandwidth at batch 32."""
+    fast = make_row(FULL, 32, MACHINE, figures(Case(1, 1024), 2.4, 8))
+    assert (fast.goal_met, round(fast.tokens_per_second)) == (True, 417)
+    assert fast.limit == pytest.approx(768, rel=1.2e-2)  # PLATFORM.md, with the router in bf16
+    assert fast.nominal_share == pytest.approx(417 / 768, rel=1.5e-2)
+    assert fast.achievable_share == pytest.approx(fast.nbytes / 2.4e-3 / 4.3e12)
+    slow = make_row(FULL, 32, MACHINE, figures(Case(1, 1024), 2.6, 8))
+    assert slow.goal_met is False
+    many = [make_row(FULL, 32, MACHINE, figures(Case(32, 1024), ms, 163)).goal_met for ms in (20.0, 20.2)]
+    assert many == [True, False]
+    long = make_row(FULL, 32, MACHINE, figures(Case(1, 131072), 2.4, 8))
+    part = make_row(Subject(FULL.config.with_layers(8), Precision.FP8, 1024), 32, MACHINE, figures(Case(1, 1024), 1, 8))
+    assert long.goal is part.goal is None  # no GPU reaches 400 tok/s there; part of a model says nothing about all
+    other = Machine("NVIDIA A100", Gpu("sm_80", 108), None, 1.5e12)
+    assert make_row(FULL, 32, other, figures(Case(32, 1024), 20.0, 163)).limit is None
+
+
+def test_a_report_says_what_is_wrong() -> None:
+    operators = (OperatorTime("Fp8MoEGateUp", 31, 900.0), OperatorTime("Fp8MoEDown", 31, 300.0))
+    seen = [
+        figures(Case(1, 1024), 2.4, 8, operators=operators),
+        figures(Case(32, 1024), 20.0, 163, finite=False, repeatable=False),
+    ]
+    rows = [make_row(FULL, 32, MACHINE, item) for item in seen]
+    report = Report(
+        MACHINE, FULL, 32, "how", 386, [9, *[12] * 31], rows, [(Case(32, 131072), "is large")], [], {}, "now"
+    )
+    assert len(report.problems) == 2
+    table = report.markdown()
+    assert "| batch 1 at 1K | 2.400 | 417 | 76" in table
+    assert "≥ 400 tok/s, met |" in table
+    assert "| Fp8MoEGateUp | 31 | 900 | 75.0 % |" in table
+    assert "386 launches a step, 9 to 12 a layer" in table
+    assert "wrong: batch 32 at 1K: logits are not finite." in table
+    raw = json.loads(json.dumps(report.to_dict()))
+    assert raw["steps"][0]["experts"] == [8] * 31
+    assert raw["steps"][1]["goal_met"] is True
+    assert raw["left_out"] == [{"batch": 32, "context": 131072, "reason": "is large"}]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpus, "find_gpu", lambda index=0: None)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(small_config()))
+    for source in ((), (str(config),)):
+        result = CliRunner().invoke(main, ["bench", "device", *source])
+        assert result.exit_code == 1
+        assert "no NVIDIA GPU" in result.output
+        assert "run bench device on a machine with one" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "1,x"], "--batch is '1,x', expected positive integers"),
+        (["--context", "0"], "--context is '0'"),
+        (["--layers", "40"], "40 layers were asked for, but the model has 32"),
+        (["nowhere/config.json"], "nowhere/config.json"),
+    ],
+)
+def test_wrong_use_is_a_sentence(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(main, ["bench", "device", *arguments])
+    assert result.exit_code in (1, 2)
+    assert said in result.output
+    assert "Traceback" not in result.output
