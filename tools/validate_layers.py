@@ -6,6 +6,7 @@ are given the same random hidden states, half a layer at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,17 +28,18 @@ from angelforge.runtime.batch import INPUTS, Batch
 from angelforge.runtime.packing import Piece
 from angelforge.runtime.packing import pack as pack_tokens
 from angelforge.runtime.validate.cutting import Array, OrtPiece, cut
-from angelforge.runtime.validate.fp8_reference import Fp8Reference
 from angelforge.runtime.validate.metrics import Difference, difference
 from angelforge.runtime.validate.operations import JudgeGraph, Stage, prepare_judge
 from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
 from angelforge.runtime.validate.reference import Reference
+from angelforge.runtime.validate.references import reference_like
 from angelforge.runtime.validate.thresholds import F32
 from angelforge.runtime.validate.walk import pool_shape
 
 FP8_STEP = 3e-2  # of what a half layer adds to a token, where one of its values is rounded to the e4m3 value beside
 FP8_EXACT = 1e-5
-FP8_SHARE = 0.9  # of the tokens, behind an MLP, that no such step touches
+FP8_TOUCHED = 0.1  # of the tokens, behind an MLP, that such a step may touch; in wide layers more:
+FP8_STEPS = 4e-5  # steps for each e4m3 value of a token; 1e-5 were seen in a layer of the real shape
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ def check_layers(
     precision = natural_precision(config)
     tokens = min(tokens, PAGE_SIZE, config.max_context)
     judge = prepare_judge(build_graph(config, precision, PAGE_SIZE, tokens))
-    kind = Fp8Reference if precision.quantized else Reference
-    reference = kind(checkpoint_config(checkpoint.folder), checkpoint_tensors(checkpoint.folder), keep=False)
+    given = checkpoint_config(checkpoint.folder), checkpoint_tensors(checkpoint.folder)
+    reference = reference_like(precision, *given, keep=False)
     checks: list[LayerCheck] = []
     for done, layer in enumerate(layers):
         with TemporaryDirectory(prefix="angelforge-layer-") as scratch:
             _pack_layer(checkpoint, config, precision, layer, tokens, judge.model, Path(scratch))
-            checks += _check(judge, reference, layer, tokens, seed, Path(scratch), precision)
+            touched = _most_touched(config, layer) if precision.quantized else None
+            checks += _check(judge, reference, layer, tokens, seed, Path(scratch), touched)
         report(done + 1, len(layers))
     return checks
 
@@ -108,16 +111,24 @@ def _pack_layer(
         )
 
 
+def _most_touched(config: ModelConfig, layer: int) -> float:
+    """The share of tokens whose MLP may have an e4m3 value that is rounded to the other side, all else being right."""
+    experts = config.num_experts_per_tok + (config.num_shared_experts or 0)
+    inner = experts * config.moe_intermediate_size if config.is_moe_layer(layer) else config.intermediate_size
+    return max(FP8_TOUCHED, 1 - math.exp(-FP8_STEPS * (config.hidden_size + inner)))
+
+
 def _check(
-    judge: JudgeGraph, reference: Reference, layer: int, tokens: int, seed: int, root: Path, precision: Precision
+    judge: JudgeGraph, reference: Reference, layer: int, tokens: int, seed: int, root: Path, touched: float | None
 ) -> Iterator[LayerCheck]:
+    """`touched` is the share of tokens that FP8 may move; None where nothing is quantised."""
     stage = next(stage for stage in judge.stages if stage.layer == layer)
     rng = np.random.default_rng([seed, layer])
     before = rng.standard_normal((tokens, reference.config["hidden_size"])).astype(np.float32)
     inside, delta, routed = _run_graph(judge, stage, before, tokens, root)
     wide, positions = inside.astype(np.float64), np.arange(tokens)
     expected, _, _ = reference.attention_block(before.astype(np.float64), layer, positions)
-    yield _compare(layer, "attention", wide - before, expected - before, np.ones(tokens, bool), precision)
+    yield _compare(layer, "attention", wide - before, expected - before, np.ones(tokens, bool), touched)
     expected, routing = reference.mlp_block(wide, layer)
     kept, note = np.ones(tokens, bool), ""
     if routing is not None and routed is not None:
@@ -127,7 +138,7 @@ def _check(
         note = f"{int((~same & ~tied).sum())} of {tokens} tokens have other experts" + (
             f"; {int(tied.sum())} ties" if tied.any() else ""
         )
-    yield _compare(layer, "mlp", delta.astype(np.float64), expected - wide, kept, precision, note)
+    yield _compare(layer, "mlp", delta.astype(np.float64), expected - wide, kept, touched, note)
 
 
 def _run_graph(
@@ -147,14 +158,17 @@ def _run_graph(
 
 
 def _compare(
-    layer: int, half: str, found: Array, expected: Array, kept: Array, precision: Precision, note: str = ""
+    layer: int, half: str, found: Array, expected: Array, kept: Array, touched: float | None, note: str = ""
 ) -> LayerCheck:
     result = difference(found[kept], expected[kept])
-    if not precision.quantized:
+    if touched is None:
         ok = result.relative_error <= F32.layer if F32.layer is not None else True
         return LayerCheck(layer, half, int(kept.sum()), result, F32.layer or 0.0, ok, note)
     by_token = np.abs(found - expected).max(axis=1) / np.abs(expected).max(axis=1)
     exact = float((by_token[kept] < FP8_EXACT).mean())
-    ok = bool(by_token[kept].max() < FP8_STEP) and (half == "attention" or exact >= FP8_SHARE)
-    told = f"{exact:.0%} of the tokens to {FP8_EXACT:.0e}" + (f"; {note}" if note else "")
+    # A step in front of attention is seen by every later token, so only the MLP's are counted.
+    counted = half == "mlp"
+    ok = bool(by_token[kept].max() < FP8_STEP) and (not counted or exact >= 1 - touched)
+    needed = f", {1 - touched:.0%} are needed" if counted else ""
+    told = f"{exact:.0%} of the tokens to {FP8_EXACT:.0e}{needed}" + (f"; {note}" if note else "")
     return LayerCheck(layer, half, int(kept.sum()), result, FP8_STEP, ok, told)

@@ -2,90 +2,60 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
 from angelforge.engines.widen import widen_activations
-from angelforge.plugins.fp8_body import BLOCK
 from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS, functions_used
+from angelforge.runtime.validate.exact_operators import EXACT_DOMAIN, exact_function
 
-# What computes the same without rounding, and how many of its outputs there are.
-_PLAIN = {
-    "NormQuantize": "Norm",
-    "AddNormQuantize": "AddNorm",
-    "AttentionMergeQuantize": "AttentionMerge",
-    "Fp8Linear": "Linear",
-    "Fp8GateUp": "GateUp",
-    "Fp8MoEGateUp": "MoEGateUp",
-    "Fp8MoEDown": "MoEDown",
-}
-_FLOAT = ir.DataType.FLOAT
+# What computes the same without rounding: an operator of the bundle, or one that reads FP8 weights.
+_PLAIN = {"NormQuantize": "Norm", "AddNormQuantize": "AddNorm", "AttentionMergeQuantize": "AttentionMerge"}
+_EXACT = ("Fp8Linear", "Fp8GateUp", "Fp8MoEGateUp", "Fp8MoEDown")
+_FLOAT, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 
 
 def dequantized_graph(bundle: Bundle) -> ir.Model:
-    """The target's graph in f32 throughout."""
+    """The target's graph in f32 throughout. Weights stay as they are stored; each is widened where it is used."""
     model = ir.load(bundle.folder / bundle.manifest.graphs["target"])
     widen_activations(model)
     plain: dict[ir.Value, ir.Value] = {}  # what stands for an e4m3 activation
-    replaced = [node for node in model.graph if node.domain == DOMAIN and node.op_type in _PLAIN]
+    replaced = [node for node in model.graph if node.domain == DOMAIN and node.op_type in (*_PLAIN, *_EXACT)]
     for node in replaced:
         _replace(model.graph, node, plain)
     for node in reversed(replaced):  # from the end: what took their outputs is gone before they are
         model.graph.remove(node, safe=True)
-    for function in functions_used(model.graph):
+    used = [exact_function(kind) for kind in _EXACT if any(node.op_type == kind for node in replaced)]
+    for function in (*functions_used(model.graph), *used):
         model.functions[function.identifier()] = function
+    model.opset_imports[EXACT_DOMAIN] = 1
     return model
 
 
 def _replace(graph: ir.Graph, node: ir.Node, plain: dict[ir.Value, ir.Value]) -> None:
-    """Puts the plain operator in the place of one that reads or makes FP8."""
-    weights = graph.initializers
+    """Puts what does not round in the place of an operator that reads or makes FP8."""
     inputs: list[ir.Value] = []
     given = list(node.inputs)
-    made: list[ir.Node] = []
     while given:
         value = given.pop(0)
         assert value is not None
         if value in plain:
             given.pop(0)  # its scales
-            inputs.append(plain[value])
-        elif value.name in weights and value.dtype == ir.DataType.FLOAT8E4M3FN:
-            scale = given.pop(0)
-            assert scale is not None
-            made += _product(value, scale, f"{node.name}/{value.name}")
-            inputs.append(made[-1].outputs[0])
-        else:
-            inputs.append(value)
-    operator = OPERATORS[_PLAIN[node.op_type]]
-    attributes = [node.attributes[attribute.name] for attribute in operator.attributes]
-    new = ir.Node(DOMAIN, operator.name, inputs, attributes, num_outputs=len(operator.outputs), name=node.name)
-    for old, value in zip(node.outputs, new.outputs, strict=False):
+        inputs.append(plain.get(value, value))
+    if node.op_type in _EXACT:
+        new = ir.Node(EXACT_DOMAIN, node.op_type, inputs, num_outputs=1, name=node.name)
+    else:
+        operator = OPERATORS[_PLAIN[node.op_type]]
+        attributes = [node.attributes[attribute.name] for attribute in operator.attributes]
+        new = ir.Node(DOMAIN, operator.name, inputs, attributes, num_outputs=len(operator.outputs), name=node.name)
+    for old, value in zip(node.outputs, new.outputs, strict=False):  # behind them, scales of e4m3 outputs are left
         value.name, value.dtype, value.shape = old.name, _FLOAT, old.shape
         old.name = f"{old.name}.rounded"
-        if old.dtype == ir.DataType.FLOAT8E4M3FN:
+        if old.dtype == _FP8:
             plain[old] = value
         else:
             ir.convenience.replace_all_uses_with(old, value)
-    if "normed" in [port.name for port in operator.outputs]:  # its e4m3 form followed it
+    if node.op_type in ("NormQuantize", "AddNormQuantize"):  # its e4m3 form followed what it normed
         plain[node.outputs[-2]] = new.outputs[-1]
-    graph.insert_before(node, [*made, new])
-
-
-def _product(weight: ir.Value, scale: ir.Value, name: str) -> list[ir.Node]:
-    """Nodes that end in f32 weight [..., N, K] times scale [..., ⌈N/128⌉, ⌈K/128⌉]."""
-    assert weight.shape is not None
-    rows = weight.shape.numpy()[-2]
-    blocks = ir.Node("", "Constant", [], num_outputs=1, name=f"{name}/rows")
-    blocks.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.arange(rows) // BLOCK))
-    axis = len(weight.shape) - 2
-    spread = ir.Node("", "Gather", [scale, blocks.outputs[0]], [ir.AttrInt64("axis", axis)], name=f"{name}/scales")
-    sizes = [ir.AttrInt64("axis", axis + 1), ir.AttrInt64("block_size", BLOCK)]
-    product = ir.Node("", "DequantizeLinear", [weight, spread.outputs[0]], sizes, name=f"{name}/product")
-    nodes = [blocks, spread, product]
-    for number, node in enumerate(nodes):
-        node.outputs[0].name = f"{name}/{number}"
-        node.outputs[0].dtype = _FLOAT if number else ir.DataType.INT64
-    product.outputs[0].shape = weight.shape
-    return nodes
+    graph.insert_before(node, [new])

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors, is_quantised
 from angelforge.runtime.validate.reference import Reference
 
 Array = NDArray[Any]
@@ -62,11 +62,6 @@ class Fp8Reference(Reference):
 def load_fp8_reference(folder: str | Path, dtype: type[np.floating[Any]] = np.float64) -> Fp8Reference:
     """The FP8 reference of a checkpoint folder, FP8 or not."""
     return Fp8Reference(checkpoint_config(Path(folder)), checkpoint_tensors(Path(folder)), dtype)
-
-
-def is_quantised(name: str) -> bool:
-    """Whether FP8 checkpoints quantise this weight."""
-    return name.endswith(("_proj.weight", "attention.query_key_value.weight", "attention.dense.weight"))
 
 
 def quantised_activation(x: Array) -> Array:

@@ -49,6 +49,24 @@ def checkpoint_tensors(folder: Path) -> Callable[[str], Array]:
     return tensor
 
 
+def as_packed(tensors: Callable[[str], Array], quantized: bool) -> Callable[[str], Array]:
+    """The same tensors as a bundle in bf16 holds them: rounded to it, but for the router's, which stay as they are.
+
+    With `quantized` as one in FP8 does: what it quantises is left alone.
+    """
+
+    def tensor(name: str) -> Array:
+        kept = name.endswith((".mlp.gate.weight", ".mlp.gate.expert_bias")) or (quantized and is_quantised(name))
+        return tensors(name) if kept else tensors(name).astype(ml_dtypes.bfloat16)
+
+    return tensor
+
+
+def is_quantised(name: str) -> bool:
+    """Whether FP8 checkpoints quantise this weight."""
+    return name.endswith(("_proj.weight", "attention.query_key_value.weight", "attention.dense.weight"))
+
+
 def _places(path: Path) -> dict[str, tuple[Any, list[int], int, int]]:
     """Type, shape, begin and end of every tensor of a file."""
     with path.open("rb") as file:

@@ -17,12 +17,20 @@ import numpy as np
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
+from angelforge.config_reading import MODEL_TYPES
 from angelforge.errors import AngelForgeError, UsageError
+from angelforge.precision import Precision
 from angelforge.runtime.validate.cutting import Array
 from angelforge.runtime.validate.fp8_reference import Fp8Reference
-from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.plain_checkpoint import as_packed, checkpoint_config, checkpoint_tensors
 from angelforge.runtime.validate.reference import Reference
 from angelforge.runtime.validate.runners import Compute
+from angelforge.runtime.validate.transformers_reference import (
+    as_glm4_moe,
+    knows,
+    native_logits,
+    require_transformers,
+)
 
 Logits = Callable[[Array], Array]  # int64 [n] → [n, vocab]
 FORMS = "numpy:CHECKPOINT, transformers:CHECKPOINT or MODULE:FUNCTION"
@@ -40,7 +48,9 @@ def load_reference_for(text: str, bundle: Bundle) -> Compute:
         raise UsageError(f"--reference is {text!r}, but one of {FORMS} is needed.")
     if kind == "numpy":
         return _of_vocabulary(_traced(numpy_reference(Path(rest), bundle)), text, bundle)
-    logits = _transformers(rest) if kind == "transformers" else _function(kind, rest)
+    if kind == "transformers":
+        return _of_vocabulary(_transformers(rest, bundle), text, bundle)
+    logits = _function(kind, rest)
     return _of_vocabulary(lambda ids: {"logits": logits(ids)}, text, bundle)
 
 
@@ -87,15 +97,26 @@ def _traced(reference: Reference) -> Compute:
     return compute
 
 
-def numpy_reference(checkpoint: Path, bundle: Bundle) -> Reference:
-    """The independent NumPy model on a checkpoint's weights, in f64, as the bundle stretches and quantises it."""
+def numpy_reference(checkpoint: Path, bundle: Bundle, keep: bool = True) -> Reference:
+    """The independent NumPy model on a checkpoint's weights, in f64, as the bundle stretches, rounds, quantises it.
+
+    `keep` as of `Reference`. Raises UsageError where there is no checkpoint.
+    """
     if not (checkpoint / "config.json").is_file():
         raise UsageError(f"{checkpoint} has no config.json; the reference needs a checkpoint folder.")
     model = bundle.manifest.model
     config = {**checkpoint_config(checkpoint), "num_hidden_layers": model.num_hidden_layers}
     config["rope_scaling"] = config.get("rope_scaling") or rope_keys(model).get("rope_scaling")
-    kind = Fp8Reference if bundle.manifest.precision.quantized else Reference
-    return kind(config, checkpoint_tensors(checkpoint))
+    return reference_like(bundle.manifest.precision, config, checkpoint_tensors(checkpoint), keep)
+
+
+def reference_like(
+    precision: Precision, config: Mapping[str, Any], tensors: Callable[[str], Array], keep: bool = True
+) -> Reference:
+    """The reference on a checkpoint's `tensors` as a bundle of this precision holds them: rounded, quantised."""
+    given = tensors if precision is Precision.FP32 else as_packed(tensors, precision.quantized)
+    kind = Fp8Reference if precision.quantized else Reference
+    return kind(config, given, keep=keep)
 
 
 def rope_keys(model: ModelConfig) -> dict[str, Any]:
@@ -139,26 +160,11 @@ def _checked(logits: Any, tokens: int, name: str) -> Array:
     return array
 
 
-def _transformers(checkpoint: str) -> Logits:
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ModuleNotFoundError as error:
-        raise AngelForgeError(
-            f"The Python package {error.name!r} is missing: pip install transformers torch, or use numpy:CHECKPOINT."
-        ) from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
-    except (ValueError, OSError) as error:  # it does not know the architecture, or the folder
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise AngelForgeError(
-            f"transformers cannot load {checkpoint} without code of the checkpoint: {reason}. "
-            "Wrap a model that you trust in a function and name it with --reference MODULE:FUNCTION."
-        ) from error
-    model = model.float().eval()
-
-    def logits(ids: Array) -> Array:
-        with torch.no_grad():
-            return _checked(model(torch.from_numpy(ids)[None]).logits, len(ids), "transformers")
-
-    return logits
+def _transformers(checkpoint: str, bundle: Bundle) -> Compute:
+    require_transformers()
+    config = Path(checkpoint) / "config.json"
+    kind = checkpoint_config(config.parent).get("model_type", "") if config.is_file() else ""
+    if kind in MODEL_TYPES and not knows(kind):
+        return as_glm4_moe(numpy_reference(Path(checkpoint), bundle, keep=False))
+    logits = native_logits(checkpoint)
+    return lambda ids: {"logits": _checked(logits(ids), len(ids), "transformers")}

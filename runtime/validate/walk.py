@@ -71,6 +71,7 @@ def walk(
                 pool = made[stage.pool_out]
             yield StageValues(stage, step, {**given, **made})
             carried[step] = {n: a for n, a in (values | made).items() if n in kept or n in INPUTS}
+        del session, given, made, pool, biases  # before the next layer's are opened
 
 
 def compare_walk(
@@ -127,6 +128,7 @@ def compare_stages(
         by_unit.append(_uncovered(stage, units, by_unit))
         if left is not None:
             left[stage.place] -= 1
+        del units  # and with them their sessions, before the judge opens the next layer
         yield stage, [finding for findings in by_unit for finding in findings]
 
 

@@ -10,9 +10,21 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from angelforge.bundle import Bundle
 from angelforge.runtime.validate.plain_checkpoint import read_safetensors
+from angelforge.tensorfile import read_tensor
 
 Array = NDArray[Any]
+
+
+def wrong_weight(bundle: Bundle, name: str, factor: float = 1.5) -> None:
+    """Damages one row of a weight [N, K] in a bundle's own file, f32 or bf16."""
+    info = bundle.tensors[name]
+    array = read_tensor(info)
+    array[1] = (array[1].astype(np.float32) * factor).astype(array.dtype)
+    with info.path.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(array.tobytes())
 
 
 def folder_tensors(folder: Path) -> dict[str, Array]:

@@ -9,12 +9,11 @@ from support.fp8 import dequantised, nearest_code, quantise_by_definition
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.runtime.validate.fp8_reference import (
     Fp8Reference,
-    is_quantised,
     load_fp8_reference,
     quantised_activation,
     quantised_weight,
 )
-from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
+from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors, is_quantised
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(-40, 40), st.integers(0, 2**32 - 1))

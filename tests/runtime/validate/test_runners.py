@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.built import make_bundle
+from support.bundles import wrong_weight
 
 from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError
@@ -19,7 +20,7 @@ from angelforge.runtime.validate.references import load_reference_for
 from angelforge.runtime.validate.runners import EngineRunner, JudgeRunner, ReferenceRunner, written
 from angelforge.runtime.validate.thresholds import F32
 from angelforge.runtime.validate.walk import compare_walk
-from angelforge.runtime.validate.whole import compare_whole
+from angelforge.runtime.validate.whole import Whole, compare_whole
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 320, "max_position_embeddings": 64}
 
@@ -66,6 +67,23 @@ def test_a_wrong_reference_is_seen(model: tuple[Path, Bundle]) -> None:
     assert not found.ok
     assert found.first is not None
     assert (found.first.place, found.first.tensor) == ("layer 0", "cache.0")
+
+
+def test_weights_that_the_export_rounded_are_no_difference(tmp_path: Path) -> None:
+    """A bf16 bundle of an f32 checkpoint is held against the rounded weights; a wrong one is seen behind its layer."""
+    checkpoint, bundle = make_bundle(tmp_path, {**SIZES, "num_hidden_layers": 3}, ExportOptions(Precision.BF16))
+    planned = packed(20)
+
+    def beside() -> Whole:
+        compute = load_reference_for(f"numpy:{checkpoint}", bundle)
+        named = ReferenceRunner(bundle, compute, "numpy", planned.num_pages)
+        return compare_whole(named, JudgeRunner(bundle, planned.num_pages), planned, F32)
+
+    assert beside().ok
+    wrong_weight(bundle, "model.layers.1.attention.dense.weight", 1.01)
+    found = beside().first
+    assert found is not None
+    assert found.tensor == "cache.2"
 
 
 def test_a_function_is_a_reference(model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
