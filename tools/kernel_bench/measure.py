@@ -15,7 +15,7 @@ from angelforge.tools.kernel_bench.costs import Cost, binding_of, cost_of
 from angelforge.tools.kernel_bench.execution import by_driver, execute, outputs_for, plan, ptx_equals_triton
 from angelforge.tools.kernel_bench.goals import Goal, goal_of, peak_flops
 from angelforge.tools.kernel_bench.inputs import experts_used, make_inputs
-from angelforge.tools.kernel_bench.rivals import rival
+from angelforge.tools.kernel_bench.rivals.plain_torch import rival
 from angelforge.tools.kernel_bench.statistics import Timing, copies_for
 from angelforge.tools.kernel_bench.timing import time_calls
 from angelforge.tools.kernel_bench.truth import by_torch
@@ -61,6 +61,11 @@ class Measurement:
         figures = {"us": self.timing.median, "achievable": self.achievable_share, "peak": self.peak_share}
         found = figures[self.goal.kind]
         return None if found is None else self.goal.met(found)
+
+    @property
+    def rival_ratio(self) -> float | None:
+        """Our time over plain torch's: below 1 ours is faster."""
+        return None if self.rival is None else self.timing.median / self.rival[1]
 
     @property
     def right(self) -> bool:

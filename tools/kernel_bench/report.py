@@ -6,10 +6,11 @@ from typing import Any
 
 from angelforge.tools.kernel_bench.checks import BodyCheck
 from angelforge.tools.kernel_bench.measure import Machine, Measurement
+from angelforge.tools.kernel_bench.rivals.comparison import Comparison
 
 HEAD = (
     "call", "tile m×n×k, warps, stages", "µs", "limit µs", "GB/s", "TFLOP/s", "of nominal", "of achievable", "of peak",
-    "error / limit", "PTX", "torch µs", "goal",
+    "error / limit", "PTX", "torch µs (ours / torch)", "goal",
 )  # fmt: skip
 
 
@@ -24,6 +25,7 @@ class Report:
     measurements: Sequence[Measurement]
     skipped: Sequence[str]  # calls that the time did not suffice for
     failed: Sequence[str]  # calls that could not be run, and why
+    others: Comparison  # other engines' kernels; nothing there makes a run fail
 
     @property
     def problems(self) -> list[str]:
@@ -55,6 +57,7 @@ class Report:
                 for c in self.checks
             ],
             "measurements": [_entry(m) for m in self.measurements],
+            "other_engines": self.others.to_dict(),
         }
 
     def markdown(self) -> str:
@@ -72,6 +75,7 @@ class Report:
         ]
         lines += [f"\nNo time was left for {len(self.skipped)} calls: {'; '.join(self.skipped)}."] * bool(self.skipped)
         lines += [f"\nwrong: {problem}" for problem in self.problems]
+        lines += self.others.markdown()
         return "\n".join(lines)
 
 
@@ -90,7 +94,7 @@ def _entry(m: Measurement) -> dict[str, Any]:
         "peak_share": m.peak_share,
         "error": None if m.verdict is None else asdict(m.verdict),
         "ptx_equal": m.ptx_equal,
-        "torch": None if m.rival is None else {"call": m.rival[0], "microseconds": m.rival[1]},
+        "torch": None if m.rival is None else {"call": m.rival[0], "microseconds": m.rival[1], "ratio": m.rival_ratio},
         "goal": None if m.goal is None else str(m.goal),
         "goal_met": m.goal_met,
     }
@@ -108,7 +112,7 @@ def _cells(m: Measurement) -> Iterator[str]:
         yield "–" if share is None else f"{100 * share:.0f} %"
     yield "–" if m.verdict is None else f"{m.verdict.error / m.verdict.limit:.2g}"
     yield {None: "–", True: "equal", False: "DIFFERS"}[m.ptx_equal]
-    yield "–" if m.rival is None else f"{m.rival[1]:.1f} ({m.rival[0]})"
+    yield "–" if m.rival is None else f"{m.rival[1]:.1f} {m.rival[0]} ({m.rival_ratio:.2f})"
     met = {None: "", True: ", met", False: ", missed"}[m.goal_met]
     yield "–" if m.goal is None else f"{m.goal}{met}"
 

@@ -19,8 +19,10 @@ from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.tools.kernel_bench.checks import check_against_body, check_works, has_kernel
 from angelforge.tools.kernel_bench.execution import execute
 from angelforge.tools.kernel_bench.goals import target_of
-from angelforge.tools.kernel_bench.measure import Machine, default_tile, measure
+from angelforge.tools.kernel_bench.measure import Machine, Measurement, default_tile, measure
 from angelforge.tools.kernel_bench.report import Report
+from angelforge.tools.kernel_bench.rivals.beside import Rivals
+from angelforge.tools.kernel_bench.rivals.comparison import Comparison
 from angelforge.tools.kernel_bench.timing import achievable_bandwidth
 from angelforge.tools.kernel_bench.warm import compile_tiles
 from angelforge.tools.kernel_bench.work import Work, works
@@ -89,8 +91,20 @@ def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: in
                 measurements.append(found)
                 compared.add(key)
                 say(f"{work.name}: {found.timing.median:.1f} µs")
+    others = compare_engines(measurements, machine, deadline, seed, trouble.lost, say)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Report(machine, versions(), date, verdicts, measurements, trouble.skipped, trouble.failed)
+    used = {**versions(), **others.versions}
+    return Report(machine, used, date, verdicts, measurements, trouble.skipped, trouble.failed, others)
+
+
+def compare_engines(
+    measurements: Sequence[Measurement], machine: Machine, deadline: Deadline, seed: int, lost: bool, say: Say
+) -> Comparison:
+    """Other engines' kernels at the calls that were measured; after a lost GPU nothing."""
+    rivals = Rivals()
+    loaded = ", ".join(rivals.versions) or "none is installed"
+    say(f"Other engines' kernels: {loaded} …")
+    return rivals.all_beside(() if lost else measurements, machine, deadline.over, seed)
 
 
 def _key(work: Work, tile: Tile) -> tuple[object, ...]:
