@@ -64,19 +64,19 @@ class Checkpoint:
         if problems:
             raise AngelForgeError(
                 f"The tensors of {self.folder} do not fit its config.json: {'; '.join(problems)}. "
-                f"{self._advice(expected)}"
+                f"{advice(self.tensors, expected, self.config.quantization is not None)}"
             )
 
-    def _advice(self, expected: Mapping[str, ExpectedTensor]) -> str:
-        mistyped = any(
-            info.dtype not in expected[name].dtypes for name, info in self.tensors.items() if name in expected
-        )
-        stored_fp8 = any(info.dtype is DType.F8_E4M3 for info in self.tensors.values())
-        if stored_fp8 and self.config.quantization is None:
-            return "They are FP8, but config.json has no quantization_config: fetch the one that belongs to them."
-        if mistyped and not stored_fp8 and self.config.quantization is not None:
-            return "config.json says FP8, but no tensor is: fetch the config.json that belongs to them."
-        return "Fetch the checkpoint again, or the config.json that belongs to it."
+
+def advice(tensors: Mapping[str, TensorInfo], expected: Mapping[str, ExpectedTensor], quantized: bool) -> str:
+    """What to do about `tensor_problems`; `quantized` says whether the config.json has a quantization_config."""
+    mistyped = any(info.dtype not in expected[name].dtypes for name, info in tensors.items() if name in expected)
+    stored_fp8 = any(info.dtype is DType.F8_E4M3 for info in tensors.values())
+    if stored_fp8 and not quantized:
+        return "They are FP8, but config.json has no quantization_config: fetch the one that belongs to them."
+    if mistyped and not stored_fp8 and quantized:
+        return "config.json says FP8, but no tensor is: fetch the config.json that belongs to them."
+    return "Fetch the checkpoint again, or the config.json that belongs to it."
 
 
 def tensor_problems(

@@ -35,3 +35,13 @@ def read_quantization(config: Section) -> Quantization | None:
     if unknown := list(block.unread()):
         raise AngelForgeError(f"{block.source} has keys that AngelForge does not know: {', '.join(unknown)}.")
     return Quantization()
+
+
+def restore_quantization(block: Section | None) -> Quantization | None:
+    """The inverse of `dataclasses.asdict` after JSON, None for None; raises AngelForgeError for anything else."""
+    if block is None:
+        return None
+    size = block.get("block")
+    if size != [128, 128] or block.get("fmt") != "e4m3":
+        block.fail("block", "[128, 128] with fmt e4m3")
+    return Quantization()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from angelforge.config_json import Section
-from angelforge.config_quantization import Quantization
+from angelforge.config_quantization import restore_quantization
 from angelforge.config_rope import RopeScaling
 from angelforge.errors import AngelForgeError
 
@@ -42,7 +42,7 @@ def _restore(section: Section, name: str) -> Any:
     if name == "rope_scaling":
         return _restore_scaling(section.section(name))
     if name == "quantization":
-        return _restore_quantization(section.section(name))
+        return restore_quantization(section.section(name))
     return section.integer(name, least=0 if name in ("first_k_dense_replace", "num_shared_experts") else 1)
 
 
@@ -61,12 +61,3 @@ def _restore_scaling(block: Section | None) -> RopeScaling | None:
         original_max_position_embeddings=block.integer("original_max_position_embeddings"),
         **{name: block.number(name) for name in numbers},
     )
-
-
-def _restore_quantization(block: Section | None) -> Quantization | None:
-    if block is None:
-        return None
-    size = block.get("block")
-    if size != [128, 128] or block.get("fmt") != "e4m3":
-        block.fail("block", "[128, 128] with fmt e4m3")
-    return Quantization()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from angelforge.checkpoint import tensor_problems
+from angelforge.checkpoint import advice, tensor_problems
 from angelforge.config import ModelConfig
 from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.hub import locate
-from angelforge.inventory import FLOATS, ExpectedTensor
+from angelforge.inventory import FLOATS, ExpectedTensor, expected_linear
 from angelforge.shards import open_tensors
 from angelforge.tensorfile import TensorInfo, read_tensor
 
@@ -42,11 +42,14 @@ class DraftCheckpoint:
         Raises one AngelForgeError with all missing, unexpected, misshapen and mistyped tensors, or what is wrong with
         the vocabulary.
         """
-        problems = tensor_problems(self.tensors, expected_draft_tensors(self.config))
+        fc = self.tensors.get("fc.weight")
+        quantized = self.config.quantization is not None
+        expected = expected_draft_tensors(self.config, quantized and fc is not None and fc.dtype is DType.F8_E4M3)
+        problems = tensor_problems(self.tensors, expected)
         if problems:
             raise AngelForgeError(
                 f"The tensors of the draft {self.folder} do not fit its config.json: {'; '.join(problems)}. "
-                "Fetch the draft again, or the config.json that belongs to it."
+                f"{advice(self.tensors, expected, quantized)}"
             )
         self._check_vocabulary()
 
@@ -66,12 +69,15 @@ class DraftCheckpoint:
         raise AngelForgeError(f"The draft {self.folder} has a damaged vocabulary: {wrong}. Fetch the draft again.")
 
 
-def expected_draft_tensors(config: DraftConfig) -> dict[str, ExpectedTensor]:
-    """All tensors of a draft's checkpoint by name."""
+def expected_draft_tensors(config: DraftConfig, quantized_fc: bool = False) -> dict[str, ExpectedTensor]:
+    """All tensors of a draft's checkpoint by name.
+
+    In an FP8 one the projections of its layer are e4m3 with block scales, as a target's are, and so may `fc` be
+    (`quantized_fc`); head and norms are not.
+    """
     hidden, width = config.hidden_size, config.intermediate_size
     queries, pairs = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, config.captured_size),
+    linears = {
         "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
         "midlayer.self_attn.k_proj.weight": (pairs, 2 * hidden),
         "midlayer.self_attn.v_proj.weight": (pairs, 2 * hidden),
@@ -79,6 +85,8 @@ def expected_draft_tensors(config: DraftConfig) -> dict[str, ExpectedTensor]:
         "midlayer.mlp.gate_proj.weight": (width, hidden),
         "midlayer.mlp.up_proj.weight": (width, hidden),
         "midlayer.mlp.down_proj.weight": (hidden, width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
         "midlayer.hidden_norm.weight": (hidden,),
         "midlayer.input_layernorm.weight": (hidden,),
         "midlayer.post_attention_layernorm.weight": (hidden,),
@@ -87,7 +95,11 @@ def expected_draft_tensors(config: DraftConfig) -> dict[str, ExpectedTensor]:
     }
     if config.fc_norm:
         shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(len(config.capture_layers))}
+    expected = dict(expected_linear("fc.weight", (hidden, config.captured_size), quantized_fc))
+    for name, shape in linears.items():
+        expected.update(expected_linear(name, shape, config.quantization is not None))
     return {
+        **expected,
         **{name: ExpectedTensor(shape, FLOATS) for name, shape in shapes.items()},
         "d2t": ExpectedTensor((config.draft_vocab_size,), frozenset({DType.I64})),
         "t2d": ExpectedTensor((config.vocab_size,), frozenset({DType.BOOL})),

@@ -13,6 +13,7 @@ from typing import Any
 
 from angelforge.config import ModelConfig
 from angelforge.config_json import Section, read_json_object
+from angelforge.config_quantization import Quantization
 from angelforge.draft_reading import read_draft_fields, restore_draft_fields
 from angelforge.errors import AngelForgeError
 
@@ -40,6 +41,7 @@ class DraftConfig:
     fc_norm: bool  # each captured state is normalised before `fc`
     norm_output: bool  # a step hands on its state after `norm`, not before
     torch_dtype: str  # of the checkpoint
+    quantization: Quantization | None  # of the checkpoint's linears; in a bundle of the bundle's
     notes: tuple[str, ...] = ()  # what a user should be told; not part of the identity
 
     def __post_init__(self) -> None:
@@ -83,6 +85,8 @@ class DraftConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
         saved = dataclasses.asdict(self)
+        if self.quantization is not None:
+            saved["quantization"]["block"] = list(self.quantization.block)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
 
     def digest(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from angelforge.config import ModelConfig
 from angelforge.config_json import Section, describe
 from angelforge.config_keys import check_other_keys
+from angelforge.config_quantization import read_quantization, restore_quantization
 from angelforge.config_reading import read_dtype
 from angelforge.config_rope import read_rope
 from angelforge.errors import AngelForgeError
@@ -42,6 +43,7 @@ def read_draft_fields(raw: object, target: ModelConfig, source: str) -> dict[str
         "fc_norm": config.boolean("fc_norm", False),
         "norm_output": config.boolean("norm_output", False),
         "torch_dtype": read_dtype(config),
+        "quantization": read_quantization(config),
     }
     _check_target(config, target, fields)
     notes = _read_notes(config, target, fields["max_position_embeddings"])
@@ -149,6 +151,8 @@ def _restore(saved: Section, name: str) -> Any:
         return saved.boolean(name, False)
     if name == "torch_dtype":
         return saved.text(name)
+    if name == "quantization":
+        return restore_quantization(saved.section(name))
     if name not in ("capture_layers", "notes"):
         return saved.integer(name)
     value, kind = saved.get(name), int if name == "capture_layers" else str

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from angelforge.config import ModelConfig
+from angelforge.config import ModelConfig, Quantization
 from angelforge.dtypes import DType
 
 FLOATS = frozenset({DType.BF16, DType.F16, DType.F32})
@@ -101,10 +101,14 @@ class _PlainLayer:
         yield from self._linear(f"{prefix}.down_proj.weight", (hidden, width))
 
     def _linear(self, name: str, shape: tuple[int, int]) -> Iterator[tuple[str, ExpectedTensor]]:
-        quantization = self._config.quantization
-        if quantization is None:
-            yield name, ExpectedTensor(shape, FLOATS)
-            return
-        rows, columns = (-(-size // block) for size, block in zip(shape, quantization.block, strict=True))
-        yield name, ExpectedTensor(shape, _E4M3)
-        yield f"{name}_scale_inv", ExpectedTensor((rows, columns), _F32)
+        return expected_linear(name, shape, self._config.quantization is not None)
+
+
+def expected_linear(name: str, shape: tuple[int, int], quantized: bool) -> Iterator[tuple[str, ExpectedTensor]]:
+    """The weight of a linear, and its block scales if it is `quantized`."""
+    if not quantized:
+        yield name, ExpectedTensor(shape, FLOATS)
+        return
+    rows, columns = (-(-size // block) for size, block in zip(shape, Quantization().block, strict=True))
+    yield name, ExpectedTensor(shape, _E4M3)
+    yield f"{name}_scale_inv", ExpectedTensor((rows, columns), _F32)

@@ -28,11 +28,6 @@ class Precision(enum.Enum):
         return DType.F8_E4M3 if self is Precision.FP8 else self.activation
 
     @property
-    def draft(self) -> "Precision":
-        """Precision of a draft in such a bundle: drafts are small and stay unquantised, so bf16 where it says fp8."""
-        return Precision.BF16 if self is Precision.FP8 else self
-
-    @property
     def quantized(self) -> bool:
         """Whether linears and experts carry block scales."""
         return self is Precision.FP8

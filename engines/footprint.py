@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from angelforge.config import ModelConfig
 from angelforge.draft_config import DraftConfig
@@ -61,11 +62,14 @@ def weight_bytes(
 
 def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> WeightBytes:
     """Bytes of a draft's weights, all of them on the first rank: one Llama layer, `fc`, a head, tables of its own."""
-    d = draft
-    rows = d.captured_size + 2 * d.qkv_size + d.num_attention_heads * d.head_dim + 3 * d.intermediate_size
+    d, hidden = draft, draft.hidden_size
+    halves = 2 if precision.quantized else 1  # of the attention's input, which FP8 reads one by one
+    layer = halves * _matmul(d.qkv_size, 2 * hidden // halves, precision)
+    layer += _matmul(hidden, d.num_attention_heads * d.head_dim, precision)
+    layer += 2 * _matmul(d.intermediate_size, hidden, precision) + _matmul(hidden, d.intermediate_size, precision)
     norms = 4 + (len(d.capture_layers) if d.fc_norm else 0)
-    weights = d.hidden_size * (rows + d.draft_vocab_size + norms) * precision.draft.activation.itemsize
-    total = weights + max_context * d.rotary_dim * _F32 + d.draft_vocab_size * DType.I64.itemsize
+    plain = hidden * (d.captured_size + d.draft_vocab_size + norms) * precision.activation.itemsize
+    total = layer + plain + max_context * d.rotary_dim * _F32 + d.draft_vocab_size * DType.I64.itemsize
     return WeightBytes(Kind.DRAFT, total, total)
 
 
@@ -74,13 +78,15 @@ def draft_kv_bytes_per_token(draft: DraftConfig, dtype: DType) -> int:
     return 2 * draft.num_key_value_heads * draft.head_dim * dtype.itemsize
 
 
+def _matmul(rows: int, columns: int, precision: Precision) -> int:
+    """A weight of a linear or expert, with its f32 block scales if quantised."""
+    scales = math.ceil(rows / _SCALE_BLOCK) * math.ceil(columns / _SCALE_BLOCK) * _F32
+    return rows * columns * precision.matmul.itemsize + (scales if precision.quantized else 0)
+
+
 def _totals(c: ModelConfig, precision: Precision, max_context: int) -> dict[Kind, int]:
     act = precision.activation.itemsize
-
-    def matmul(rows: int, columns: int) -> int:
-        """A weight of a linear or expert, with its f32 block scales if quantised."""
-        scales = math.ceil(rows / _SCALE_BLOCK) * math.ceil(columns / _SCALE_BLOCK) * _F32
-        return rows * columns * precision.matmul.itemsize + (scales if precision.quantized else 0)
+    matmul = partial(_matmul, precision=precision)
 
     def mlp(width: int) -> int:
         return 2 * matmul(width, c.hidden_size) + matmul(c.hidden_size, width)

@@ -11,7 +11,10 @@ from angelforge.precision import Precision
 
 
 class CapturedStates(nn.Module):  # type: ignore[misc]
-    """`fc` and `fc_norm` of the draft's checkpoint; they run in the target's graph, where the states are."""
+    """`fc` and `fc_norm` of the draft's checkpoint; they run in the target's graph, where the states are.
+
+    Never in FP8: what `fc` reads is the residual stream itself, which nothing in a model quantises.
+    """
 
     def __init__(self, config: DraftConfig, precision: Precision) -> None:
         super().__init__("draft")

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from angelforge.checkpoint import Checkpoint
+from angelforge.config import Quantization
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.conversion import convert, dequantize, first_overflow
@@ -66,9 +67,8 @@ def _piece_run(piece: Piece, target: DType, checkpoint: Checkpoint, files: OpenF
         skipped = 0 if piece.rows is None else piece.rows[0] * row_bytes
         return _Copy(info, files, skipped, piece.size * info.dtype.itemsize)
     if info.dtype is DType.F8_E4M3 and target is not DType.F8_E4M3:
-        quantization = checkpoint.config.quantization
-        assert quantization is not None  # see pack_checks
-        return _Rows(piece, info, target, files, checkpoint.tensors[piece.tensor + SCALE], quantization.block)
+        # Beside it are its scales: see pack_checks.
+        return _Rows(piece, info, target, files, checkpoint.tensors[piece.tensor + SCALE], Quantization().block)
     return _Rows(piece, info, target, files)
 
 

@@ -9,12 +9,33 @@ from angelforge.dtypes import DType
 from angelforge.exporter.attention import Rope, attend
 from angelforge.exporter.mlp import DenseMLP
 from angelforge.exporter.model import Embedding
-from angelforge.exporter.parts import Projection, ResidualNorm, projection
+from angelforge.exporter.parts import Normed, Projection, ResidualNorm, projection
 from angelforge.exporter.step import Step
 from angelforge.plugins.all_reduce.operator import ALL_REDUCE
 from angelforge.plugins.operator import call
 from angelforge.plugins.qkv_rotate.operator import QKV_ROTATE
 from angelforge.precision import Precision
+
+
+class JoinedProjection(Projection):
+    """W · [token; state]: one projection of both side by side."""
+
+    def forward(self, op: OpBuilder, token: Normed, state: Normed) -> ir.Value:  # type: ignore[override]
+        """token, state [T, H] → [T, out]."""
+        return super().forward(op, op.Concat(token.plain, state.plain, axis=1))
+
+
+class SplitProjection(nn.Module):  # type: ignore[misc]
+    """The same in FP8, whose tensors ONNX does not join: a product for each, and their sum."""
+
+    def __init__(self, config: DraftConfig, precision: Precision) -> None:
+        super().__init__()
+        self.token = projection(config.hidden_size, config.qkv_size, precision)
+        self.state = projection(config.hidden_size, config.qkv_size, precision)
+
+    def forward(self, op: OpBuilder, token: Normed, state: Normed) -> ir.Value:
+        """token, state [T, H] → [T, out]."""
+        return op.Add(self.token(op, token.for_matmul), self.state(op, state.for_matmul))
 
 
 class DraftAttention(nn.Module):  # type: ignore[misc]
@@ -23,18 +44,31 @@ class DraftAttention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: DraftConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
-        self.qkv_proj = projection(2 * config.hidden_size, config.qkv_size, precision)  # q, k, v stacked
+        self.quantized = precision.quantized
+        # q, k and v stacked
+        if precision.quantized:
+            self.qkv_proj = SplitProjection(config, precision)
+        else:
+            self.qkv_proj = JoinedProjection(
+                2 * config.hidden_size, config.qkv_size, precision.matmul, precision.activation
+            )
         self.o_proj = projection(config.num_attention_heads * config.head_dim, config.hidden_size, precision)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, step: Step, rope: tuple[ir.Value, ir.Value], pool: ir.Value
+        self,
+        op: OpBuilder,
+        token: Normed,
+        state: Normed,
+        step: Step,
+        rope: tuple[ir.Value, ir.Value],
+        pool: ir.Value,
     ) -> tuple[ir.Value, ir.Value]:
-        """x [T, 2H] → (what attention adds to the residual [T, H], the pool with K and V written)."""
+        """token, state [T, H] → (what attention adds to the residual [T, H], the pool with K and V written)."""
         config = self.config
         query, pool = call(
             op,
             QKV_ROTATE,
-            self.qkv_proj(op, x),
+            self.qkv_proj(op, token, state),
             *rope,
             step.positions,
             step.slots,
@@ -44,7 +78,7 @@ class DraftAttention(nn.Module):  # type: ignore[misc]
             num_kv_heads=config.num_key_value_heads,
             rotary_dim=config.rotary_dim,
         )
-        attended = attend(op, query, pool, step, config.head_dim)
+        attended = attend(op, query, pool, step, config.head_dim, self.quantized)
         return call(op, ALL_REDUCE, self.o_proj(op, attended)), pool
 
 
@@ -53,10 +87,10 @@ class DraftLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, config: DraftConfig, precision: Precision) -> None:
         super().__init__()
-        self.input_layernorm = ResidualNorm(config, precision, quantize=False)
-        self.hidden_norm = ResidualNorm(config, precision, quantize=False)
+        self.input_layernorm = ResidualNorm(config, precision, precision.quantized)
+        self.hidden_norm = ResidualNorm(config, precision, precision.quantized)
         self.self_attn = DraftAttention(config, precision)
-        self.post_attention_layernorm = ResidualNorm(config, precision, quantize=False)
+        self.post_attention_layernorm = ResidualNorm(config, precision, precision.quantized)
         self.mlp = DenseMLP(config, precision)
 
     def forward(
@@ -71,7 +105,7 @@ class DraftLayer(nn.Module):  # type: ignore[misc]
         """embedding, hidden [T, H] → (residual [T, H], what the MLP adds to it [T, H], pool)."""
         _, token = self.input_layernorm(op, embedding, None)
         _, state = self.hidden_norm(op, hidden, None)
-        delta, pool = self.self_attn(op, op.Concat(token.plain, state.plain, axis=1), step, rope, pool)
+        delta, pool = self.self_attn(op, token, state, step, rope, pool)
         residual, normed = self.post_attention_layernorm(op, hidden, delta)
         return residual, self.mlp(op, normed, step.num_tokens), pool
 
@@ -84,7 +118,7 @@ class DraftBody(nn.Module):  # type: ignore[misc]
         self.norm_output = config.norm_output
         self.rope = Rope(max_context, config.rotary_dim)
         self.midlayer = DraftLayer(config, precision)
-        self.norm = ResidualNorm(config, precision, quantize=False)
+        self.norm = ResidualNorm(config, precision, quantize=False)  # the head is not quantised, as the target's is not
         self.lm_head = Projection(config.hidden_size, config.draft_vocab_size, precision.activation, DType.F32)
         self.d2t = nn.Parameter([config.draft_vocab_size], dtype=ir.DataType.INT64)
 

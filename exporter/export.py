@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -11,6 +12,7 @@ from angelforge.atomic import lock, write_atomic
 from angelforge.bundle import Bundle, Manifest, record_file
 from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
+from angelforge.draft_config import DraftConfig
 from angelforge.exporter.context import context_limit
 from angelforge.exporter.destination import LOCK, check_destination, withdraw
 from angelforge.exporter.draft_layout import draft_tensors
@@ -24,6 +26,8 @@ from angelforge.exporter.tokenizer_files import TOKENIZER_FILES, check_tokenizer
 from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 from angelforge.precision import Precision, natural_precision
+
+Config = TypeVar("Config", ModelConfig, DraftConfig)
 
 PAGE_SIZE = 64  # tokens of a page of the KV pool
 GRAPH = "model.onnx"
@@ -91,7 +95,7 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
         Manifest(
             producer=f"angelforge {__version__}",
             model=_as_stored(config, precision),
-            draft=draft,
+            draft=None if draft is None else _as_stored(draft, precision),
             precision=precision,
             page_size=PAGE_SIZE,
             max_context=max_context,
@@ -118,6 +122,6 @@ def _operators_used(models: Iterable[ir.Model]) -> dict[str, int]:
     return {node.op_type: OPERATORS[node.op_type].version for node in nodes}
 
 
-def _as_stored(config: ModelConfig, precision: Precision) -> ModelConfig:
+def _as_stored(config: Config, precision: Precision) -> Config:
     """The configuration with the quantisation of the bundle's weights, whatever the checkpoint's were."""
     return replace(config, quantization=Quantization() if precision.quantized else None)

@@ -59,7 +59,6 @@ def build_draft_graph(
     Beside `logits` f32 [R, draft vocabulary] and `hidden_out` [R, hidden] it gives `target_ids` int64 [R], the
     likeliest token of each row as the target names it: `d2t` is applied where the logits are.
     """
-    precision = precision.draft
     dtype = onnx_type(precision.activation)
     builder = _builder("draft")
     step = Step.inputs(builder)

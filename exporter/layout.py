@@ -116,18 +116,34 @@ class _Layout:
         yield from self._quantized(f"{prefix}.experts.{suffix}", (c.num_expert_slots, *shape), tuple(pieces))
 
     def _quantized(self, name: str, shape: Shape, pieces: tuple[Piece, ...]) -> Iterator[BundleTensor]:
-        dtype, stored = self.precision.matmul, self.config.quantization
-        if not self.precision.quantized:
-            yield BundleTensor(name, dtype, shape, pieces)
-            return
-        block = (stored or Quantization()).block
-        scales = (*shape[:-2], *_blocks(shape, block))
-        if stored is None:
-            yield BundleTensor(name, dtype, shape, Quantized(pieces, "codes", block))
-            yield BundleTensor(name + SCALE, DType.F32, scales, Quantized(pieces, "scales", block))
-        else:
-            yield BundleTensor(name, dtype, shape, pieces)
-            yield BundleTensor(name + SCALE, DType.F32, scales, tuple(_scale_piece(piece, block) for piece in pieces))
+        return matmul_tensors(name, shape, pieces, self.precision, self.config.quantization)
+
+
+def matmul_tensors(
+    name: str,
+    shape: Shape,
+    pieces: tuple[Piece, ...],
+    precision: Precision,
+    stored: Quantization | None,
+    joined: bool = False,
+) -> Iterator[BundleTensor]:
+    """A weight of a linear or of experts, and in FP8 its block scales: quantised, or as the checkpoint has `stored` it.
+
+    Quantised pieces have blocks of their own, or, `joined`, those of the one matrix that they make. Stored ones must be
+    cut at the borders of their blocks.
+    """
+    dtype = precision.matmul
+    if not precision.quantized:
+        yield BundleTensor(name, dtype, shape, pieces)
+        return
+    block = (stored or Quantization()).block
+    scales = (*shape[:-2], *_blocks(shape, block))
+    if stored is None:
+        yield BundleTensor(name, dtype, shape, Quantized(pieces, "codes", block, joined))
+        yield BundleTensor(name + SCALE, DType.F32, scales, Quantized(pieces, "scales", block, joined))
+    else:
+        yield BundleTensor(name, dtype, shape, pieces)
+        yield BundleTensor(name + SCALE, DType.F32, scales, tuple(_scale_piece(piece, block) for piece in pieces))
 
 
 def _blocks(shape: Shape, block: tuple[int, int]) -> Shape:

@@ -125,7 +125,7 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         self.rope = Rope(max_context, config.rotary_dim)
         self.model = Transformer(config, precision)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, precision.activation, DType.F32)
-        self.draft = None if draft is None else CapturedStates(draft, precision.draft)
+        self.draft = None if draft is None else CapturedStates(draft, precision)
 
     def forward(
         self, op: OpBuilder, step: Step, pools: Sequence[ir.Value]

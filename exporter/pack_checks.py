@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from angelforge.checkpoint import Checkpoint
+from angelforge.config import Quantization
 from angelforge.diskerrors import explained
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.conversion import convertible, quantizable
 from angelforge.exporter.layout import SCALE, Shard
-from angelforge.exporter.pieces import Piece, Quantized
+from angelforge.exporter.pieces import DRAFT, Piece, Quantized
 
 _RESERVE = 16 << 20  # bytes left for graph, manifest and journal
 
@@ -45,13 +46,13 @@ def _check_piece(checkpoint: Checkpoint, piece: Piece, target: DType) -> None:
             "Choose another --precision."
         )
     if dtype is DType.F8_E4M3 and target is not dtype:
-        quantization = checkpoint.config.quantization
-        if quantization is None:
+        # A draft's own config.json has been compared with its tensors.
+        if checkpoint.config.quantization is None and not piece.tensor.startswith(DRAFT):
             raise AngelForgeError(
                 f"{piece.tensor} is FP8, but the config.json of {checkpoint.folder} has no quantization_config. "
                 "Fetch the config.json that belongs to the weights."
             )
-        blocks = tuple(-(-size // step) for size, step in zip(piece.shape, quantization.block, strict=True))
+        blocks = tuple(-(-size // step) for size, step in zip(piece.shape, Quantization().block, strict=True))
         _require(checkpoint, piece.tensor + SCALE, blocks)
 
 

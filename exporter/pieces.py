@@ -10,6 +10,8 @@ from angelforge.config import ModelConfig
 from angelforge.draft_config import DraftConfig
 from angelforge.dtypes import DType
 
+DRAFT = "draft."  # before every name of a draft's checkpoint, in the bundle and as the source of its tensors
+
 Shape = tuple[int, ...]
 Range = tuple[int, int]  # begin, end
 
@@ -42,11 +44,20 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class Quantized:
-    """FP8 made of `pieces`, each in blocks counted from its own upper left corner: e4m3 codes, or f32 block scales."""
+    """FP8 made of `pieces`, each in blocks counted from its own upper left corner: e4m3 codes, or f32 block scales.
+
+    `joined` pieces, of equal width, are one matrix from top to bottom: blocks are counted from its corner.
+    """
 
     pieces: tuple[Piece, ...]
     part: Literal["codes", "scales"]
     block: tuple[int, int]
+    joined: bool = False
+
+    @property
+    def matrices(self) -> tuple[tuple[Piece, ...], ...]:
+        """The pieces of each matrix that is cut into blocks as a whole."""
+        return (self.pieces,) if self.joined else tuple((piece,) for piece in self.pieces)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from angelforge.exporter.pieces import BundleTensor, SameBytes
+from angelforge.exporter.pieces import DRAFT, BundleTensor, SameBytes
 from angelforge.tensorfile import encode_header
 
 _PAGE = 4096  # bytes; the data of a file begins at a multiple of it
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_DRAFT = "draft."
 _HEAD = ("model.norm.", "lm_head.")
 
 
@@ -70,7 +69,7 @@ def locate(tensors: Iterable[BundleTensor], shards: Sequence[Shard]) -> dict[str
 
 
 def _file_of(name: str) -> str:
-    if name.startswith(_DRAFT):
+    if name.startswith(DRAFT):
         return "weights/draft.safetensors"
     if match := _LAYER.match(name):
         return f"weights/layer-{int(match[1]):03d}.safetensors"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from angelforge.checkpoint import Checkpoint
 from angelforge.exporter.openfiles import OpenFiles
-from angelforge.exporter.pieces import Piece, Quantized
+from angelforge.exporter.pieces import DRAFT, Piece, Quantized
 from angelforge.exporter.quantization_errors import Errors
 from angelforge.exporter.strips import Strips, Workspace
 
@@ -27,47 +27,49 @@ class FileQuantizer:
         self.errors: dict[str, Errors] = {}
         self._checkpoint = checkpoint
         self._files = files
-        self._scales: dict[Piece, Array] = {}
+        self._scales: dict[tuple[Piece, ...], Array] = {}
         self._workspaces: dict[tuple[int, int], Workspace] = {}
 
     def runs(self, source: Quantized) -> Iterator[CodesRun | ScalesRun]:
-        """The codes, or the scales, of every piece of `source`; each run is made when it is asked for."""
-        for piece in source.pieces:
+        """The codes, or the scales, of every matrix of `source`; each run is made when it is asked for."""
+        for pieces in source.matrices:
             if source.block not in self._workspaces:
                 self._workspaces[source.block] = Workspace(source.block)
-            info = self._checkpoint.tensors[piece.tensor]
-            strips = Strips(piece, info, source.block, self._files, self._workspaces[source.block])
+            infos = tuple(self._checkpoint.tensors[piece.tensor] for piece in pieces)
+            strips = Strips(pieces, infos, source.block, self._files, self._workspaces[source.block])
             yield CodesRun(strips, self) if source.part == "codes" else ScalesRun(strips, self)
 
-    def finish(self, piece: Piece, scales: Array, errors: Errors) -> None:
-        """Takes in a piece whose codes have all been made; its scales are f32 [row blocks, column blocks]."""
-        kind = kind_of(piece.tensor)
-        self._scales[piece] = scales
-        self.errors[kind] = self.errors.get(kind, Errors()) + errors.of_tensor(piece.tensor)
+    def finish(self, strips: Strips, scales: Array, errors: Errors) -> None:
+        """Takes in a matrix whose codes have all been made; its scales are f32 [row blocks, column blocks]."""
+        kind = kind_of(strips.pieces[0].tensor)
+        self._scales[strips.pieces] = scales
+        self.errors[kind] = self.errors.get(kind, Errors()) + errors.of_tensor(strips.name)
 
     def scales(self, strips: Strips) -> Array:
-        """The scales of a piece. Where they stand in front of its codes, its weights are read twice."""
-        piece = strips.piece
-        if piece not in self._scales:
-            self._scales[piece] = np.stack([strips.quantize(index)[1] for index in range(strips.count)])
-        return self._scales[piece]
+        """The scales of a matrix. Where they stand in front of its codes, its weights are read twice."""
+        pieces = strips.pieces
+        if pieces not in self._scales:
+            self._scales[pieces] = np.stack([strips.quantize(index)[1] for index in range(strips.count)])
+        return self._scales[pieces]
 
 
 def kind_of(tensor: str) -> str:
-    """What a quantised tensor of a checkpoint belongs to, as reports name it."""
+    """What a quantised tensor of a checkpoint belongs to, as reports name it; a draft's are called so by the export."""
+    if tensor.startswith(DRAFT):
+        return "draft"
     kinds = {".attention.": "attention", ".experts.": "routed experts", ".shared_experts.": "shared experts"}
     return next((kind for part, kind in kinds.items() if part in tensor), "dense MLP")
 
 
 class CodesRun:
-    """The e4m3 codes of one piece, to be asked for front to back."""
+    """The e4m3 codes of one matrix, to be asked for front to back."""
 
     def __init__(self, strips: Strips, owner: FileQuantizer) -> None:
         self._strips, self._owner = strips, owner
         self._codes = np.empty(0, np.uint8)  # of the last strip
         self._scales: list[Array] = []  # of all strips so far
         self._errors = Errors()
-        self.nbytes = strips.piece.size
+        self.nbytes = strips.size
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Writes the codes from `offset` on into all of `view`."""
@@ -86,11 +88,11 @@ class CodesRun:
         self._scales.append(scales)
         self._errors += errors
         if len(self._scales) == self._strips.count:
-            self._owner.finish(self._strips.piece, np.stack(self._scales), self._errors)
+            self._owner.finish(self._strips, np.stack(self._scales), self._errors)
 
 
 class ScalesRun:
-    """The f32 scales of one piece."""
+    """The f32 scales of one matrix."""
 
     def __init__(self, strips: Strips, owner: FileQuantizer) -> None:
         self._strips, self._owner = strips, owner

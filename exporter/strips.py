@@ -1,7 +1,8 @@
-"""A tensor read and quantised one row of blocks at a time: memory depends on its width, not on its size."""
+"""A matrix read and quantised one row of blocks at a time: memory depends on its width, not on its size."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,56 +35,83 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Strips:
-    """A piece cut into rows of blocks, counted from its own upper left corner."""
+    """A matrix of one piece, or of several below each other, cut into rows of blocks from its upper left corner."""
 
-    piece: Piece
-    info: TensorInfo
+    pieces: tuple[Piece, ...]  # of equal width
+    infos: tuple[TensorInfo, ...]  # where the tensor of each stands
     block: tuple[int, int]
     files: OpenFiles
     workspace: Workspace
 
     @property
     def width(self) -> int:
-        """Columns of the piece."""
-        left, right = self._columns
+        """Columns of the matrix."""
+        left, right = self._columns(0)
         return right - left
 
     @property
+    def size(self) -> int:
+        """Elements of the matrix."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
     def count(self) -> int:
-        """Strips of the piece; the last one may be lower than a block."""
-        top, bottom = self._rows
-        return -(-(bottom - top) // self.block[0])
+        """Strips of the matrix; the last one may be lower than a block."""
+        return -(-self.size // (self.width * self.block[0]))
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's tensor, as reports name it."""
+        first, more = self.pieces[0].tensor, len(self.pieces) - 1
+        return f"{first} and {more} below it" if more else first
 
     def quantize(self, index: int) -> tuple[Array, Array, Errors]:
         """Codes uint8 [rows, width] (valid until the next call), scales f32 [column blocks] and errors of a strip.
 
         Raises AngelForgeError naming tensor and position for NaN and infinity.
         """
-        (begin, end), (left, right) = self._rows, self._columns
-        top = begin + index * self.block[0]
-        rows = min(self.block[0], end - top)
-        weights = self._read(top, rows)[:, left:right]
-        codes = self.workspace.bytes(1, rows * self.width).reshape(rows, self.width)
+        stretches = self._stretches(index * self.block[0])
+        if len(stretches) == 1:
+            weights = self._read(*stretches[0])
+        else:  # copied, because the next one is read into the same buffer; every float is an f32
+            weights = np.concatenate([self._read(*stretch).astype(np.float32) for stretch in stretches])
+        codes = self.workspace.bytes(1, weights.size).reshape(weights.shape)
         try:
             scales, errors = self.workspace.quantizer.quantize(weights, codes)
         except NotFiniteError as error:
-            value = float(weights[error.row, error.column])
-            raise AngelForgeError(
-                f"{self.info.name} at [{top + error.row}, {left + error.column}] is {value}, which cannot be quantised "
-                f"to FP8. The checkpoint is damaged: fetch {self.info.path} again."
-            ) from None
+            raise self._not_finite(stretches, error, float(weights[error.row, error.column])) from None
         return codes, scales, errors
 
-    @property
-    def _rows(self) -> tuple[int, int]:
-        return self.piece.rows or (0, self.info.shape[0])
+    def _stretches(self, first: int) -> list[tuple[int, int, int]]:
+        """(piece, first row of its tensor, rows) of all that a strip from row `first` of the matrix on holds."""
+        found, above, last = [], 0, first + self.block[0]
+        for number in range(len(self.pieces)):
+            top, bottom = self._rows(number)
+            begin, end = max(first - above, 0), min(last - above, bottom - top)
+            if begin < end:
+                found.append((number, top + begin, end - begin))
+            above += bottom - top
+        return found
 
-    @property
-    def _columns(self) -> tuple[int, int]:
-        return self.piece.columns or (0, self.info.shape[1])
+    def _rows(self, number: int) -> tuple[int, int]:
+        return self.pieces[number].rows or (0, self.infos[number].shape[0])
 
-    def _read(self, top: int, rows: int) -> Array:
-        row = self.info.shape[1] * self.info.dtype.itemsize
+    def _columns(self, number: int) -> tuple[int, int]:
+        return self.pieces[number].columns or (0, self.infos[number].shape[1])
+
+    def _read(self, number: int, top: int, rows: int) -> Array:
+        info, (left, right) = self.infos[number], self._columns(number)
+        row = info.shape[1] * info.dtype.itemsize
         data = self.workspace.bytes(0, rows * row)
-        self.files.read(self.info.path, data.data, self.info.offset + top * row)
-        return data.view(self.info.dtype.numpy).reshape(rows, -1)
+        self.files.read(info.path, data.data, info.offset + top * row)
+        return data.view(info.dtype.numpy).reshape(rows, -1)[:, left:right]
+
+    def _not_finite(
+        self, stretches: Sequence[tuple[int, int, int]], error: NotFiniteError, value: float
+    ) -> AngelForgeError:
+        number, row = [(number, top + row) for number, top, rows in stretches for row in range(rows)][error.row]
+        info, column = self.infos[number], self._columns(number)[0] + error.column
+        return AngelForgeError(
+            f"{info.name} at [{row}, {column}] is {value}, which cannot be quantised to FP8. "
+            f"The checkpoint is damaged: fetch {info.path} again."
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,16 @@ from angelforge.draft_config import DraftConfig
 from angelforge.draft_reading import ARCHITECTURE
 from angelforge.dtypes import DType
 from angelforge.exporter.synthetic import write_json
-from angelforge.exporter.synthetic_values import Spec, random_values
+from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.exporter.synthetic_values import Spec, checkpoint_values
 from angelforge.tensorfile import encode_header
 
-_STORED = {"BF16": (DType.BF16, "bfloat16"), "F16": (DType.F16, "float16"), "F32": (DType.F32, "float32")}
+_STORED = {
+    "BF16": (DType.BF16, "bfloat16"),
+    "F16": (DType.F16, "float16"),
+    "F32": (DType.F32, "float32"),
+    "FP8": (DType.BF16, "bfloat16"),
+}
 
 #: config.json of the published draft for AntAngelMed's architecture (MODEL.md, EAGLE3 draft).
 FULL_DRAFT_CONFIG: dict[str, Any] = {
@@ -72,19 +79,21 @@ def write_draft(
     config: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    dtype: Literal["BF16", "F16", "F32"] = "BF16",
+    dtype: Literal["BF16", "F16", "F32", "FP8"] = "BF16",
 ) -> Path:
     """Writes a random draft for the checkpoint folder `target` and returns its folder.
 
-    `config` is its config.json, by default `small_draft_config` of the target's. Values depend on `seed` alone. Raises
+    `config` is its config.json, by default `small_draft_config` of the target's. Values depend on `seed` alone. In FP8
+    the projections of its layer and `fc` are e4m3 with block scales, as quantisers of whole models write them. Raises
     AngelForgeError when the configurations do not fit or the folder cannot be written.
     """
     folder, target = Path(folder), Path(target)
     model = ModelConfig.load(target)
     stored, torch_name = _STORED[dtype]
     content = {**(config or small_draft_config(read_json_object(target / "config.json"))), "torch_dtype": torch_name}
+    content |= {"quantization_config": FP8_BLOCK} if dtype == "FP8" else {}
     draft = DraftConfig.from_dict(content, model)
-    expected = expected_draft_tensors(draft)
+    expected = expected_draft_tensors(draft, quantized_fc=dtype == "FP8")
     specs = [
         Spec(name, tensor.shape, stored if stored in tensor.dtypes else next(iter(tensor.dtypes)))
         for name, tensor in expected.items()
@@ -95,18 +104,20 @@ def write_draft(
     path = folder / "model.safetensors"
     with explained("write", path), path.open("wb") as file:
         file.write(encode_header([(spec.name, spec.dtype, spec.shape) for spec in specs], {"format": "pt"}, align=8))
-        for spec in specs:
-            file.write(np.ascontiguousarray(_values(spec, ids, seed)).tobytes())
+        for array in _values(specs, ids, seed):
+            file.write(np.ascontiguousarray(array).tobytes())
     write_json(folder / "config.json", content)
     return folder
 
 
-def _values(spec: Spec, ids: NDArray[np.int64], seed: int) -> NDArray[Any]:
-    if spec.name == "d2t":
-        return ids - np.arange(len(ids))
-    if spec.name == "t2d":
-        return np.isin(np.arange(*spec.shape), ids)
-    if len(spec.shape) == 1:
-        # A norm: called by a name that says so.
-        spec = Spec(spec.name.replace("norm.weight", "_layernorm.weight"), spec.shape, spec.dtype)
-    return random_values(spec, seed).astype(spec.dtype.numpy)
+def _values(specs: Sequence[Spec], ids: NDArray[np.int64], seed: int) -> Iterator[NDArray[Any]]:
+    """The values of each of `specs`, in order; a scale stands behind its weight."""
+    vocabulary = {"d2t": ids - np.arange(len(ids)), "t2d": np.isin(np.arange(*specs[-1].shape), ids)}
+    # Norms are called by a name that says so.
+    named = [
+        replace(spec, name=spec.name.replace("norm.weight", "_layernorm.weight")) if len(spec.shape) == 1 else spec
+        for spec in specs
+        if spec.name not in vocabulary
+    ]
+    weights = checkpoint_values(named, seed)
+    return (vocabulary[spec.name] if spec.name in vocabulary else next(weights) for spec in specs)

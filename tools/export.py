@@ -124,6 +124,4 @@ def _notes(bundle: Bundle) -> list[str]:
     notes = list(manifest.model.notes)
     if manifest.draft is not None:
         notes += manifest.draft.notes
-        if manifest.precision.draft is not manifest.precision:
-            notes.append(f"The draft stays in {manifest.precision.draft.value}: it is small, and not quantised.")
     return notes

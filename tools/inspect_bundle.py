@@ -69,7 +69,8 @@ class BundleReport:
         ]
         if manifest.draft is not None:
             draft, layers = manifest.draft, ", ".join(map(str, manifest.draft.capture_layers))
-            facts.append(["draft", f"{draft.draft_vocab_size} tokens, states after layers {layers} of the model"])
+            told = f"{draft.draft_vocab_size} tokens, states after layers {layers} of the model"
+            facts.append(["draft", f"{told}, in {manifest.precision.value}"])
         print_table(["fact", ""], facts)
         print_table(
             ["file", "bytes", "sha256"],

@@ -9,7 +9,7 @@ from angelforge.engines.kernel_checks import check_kernels
 from angelforge.engines.network import prepare_network
 from angelforge.engines.plan_types import PlanRequest
 from angelforge.engines.profiles import StepLimits, make_profiles
-from angelforge.exporter.graph import build_graph
+from angelforge.exporter.graph import build_draft_graph, build_graph
 from angelforge.exporter.sources import require_exportable
 from angelforge.plugins.kernel import Gpu
 from angelforge.precision import Precision
@@ -18,7 +18,9 @@ NOT_ASKED = "triton is not installed, so the kernels were not asked whether they
 
 
 def check_operators(request: PlanRequest) -> str | None:
-    """Draws the graph of one layer of each kind and asks the kernels of its operators, in every profile of an engine.
+    """Draws the graph of one layer of each kind, and of the draft, and asks the kernels of their operators.
+
+    They are asked in every profile of an engine.
 
     Returns why they could not be asked, or which sizes they serve badly, or None; targets that run no kernels have
     nothing to ask.
@@ -27,19 +29,22 @@ def check_operators(request: PlanRequest) -> str | None:
         AngelForgeError: naming the layer, its operator, and what its kernel cannot serve.
         UsageError: the model cannot be exported.
     """
-    config, target = request.config, request.target
+    config, target, draft = request.config, request.target, request.draft
     require_exportable(config)
     if target.sms is None:
         return None
     if find_spec("triton") is None:
         return NOT_ASKED
     few = config.with_layers(_layers_of_each_kind(config))
-    ranks = request.tensor_parallel
-    model = build_graph(few, request.precision, request.page_size, request.max_context, ranks=ranks)
-    prepare_network(model, ranks)
+    sizes = (request.precision, request.page_size, request.max_context)
+    graphs = [(build_graph(few, *sizes, draft, request.tensor_parallel), request.tensor_parallel)]
+    if draft is not None:
+        graphs.append((build_draft_graph(draft, config, *sizes), 1))
     pages = 1 + -(-request.max_context // request.page_size)
     limits = StepLimits(request.max_tokens, request.max_batch, request.max_context, request.page_size, pages)
-    check_kernels(model, make_profiles(limits), Gpu(target.architecture, target.sms))
+    for model, ranks in graphs:
+        prepare_network(model, ranks)
+        check_kernels(model, make_profiles(limits), Gpu(target.architecture, target.sms))
     return _served_badly(request)
 
 
@@ -57,10 +62,14 @@ def _served_badly(request: PlanRequest) -> str | None:
     }
     if config.first_k_dense_replace > 0:
         widths["intermediate_size"] = config.intermediate_size // ranks
+    if (draft := request.draft) is not None:  # on the first device, whole; its hidden_size is the model's
+        widths["the draft's num_attention_heads × head_dim"] = draft.num_attention_heads * draft.head_dim
+        widths["the draft's intermediate_size"] = draft.intermediate_size
     size = 1 if request.precision is Precision.FP8 else 2  # bytes of an element
-    share = f" on each of {ranks} devices" if ranks > 1 else ""
     notes = []
     for name, width in widths.items():
+        whole = ranks == 1 or name == "hidden_size" or name.startswith("the draft's")
+        share = "" if whole else f" on each of {ranks} devices"
         if width * size % 16:
             copies = width * size & -(width * size)  # the largest power of two that divides a row's bytes
             notes.append(

@@ -40,7 +40,7 @@ def run_draft(subject: Path, engine: str, data: DataOptions, report: Callable[[i
     states = [{"hidden": rng.standard_normal((size, config.hidden_size)).astype(np.float32)} for size in sizes]
     judge = judge_graph(bundle, role="draft")
     candidate = EngineGraph(ir.from_proto(onnx.ModelProto.FromString(open_draft_engine(bundle))), bundle.folder, judge)
-    precision = bundle.manifest.precision.draft
+    precision = bundle.manifest.precision
     limits = thresholds(precision, as_stored=False)
     found = compare_walk(judge, candidate, bundle, planned, limits, by_layer=False, more=states, report=report)
     return Validation(f"the draft of {subject}", precision.value, engine, told, limits, operators=tuple(found))

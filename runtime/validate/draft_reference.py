@@ -65,7 +65,7 @@ class DraftReference:
         states = [trace.residuals[layer + 1].astype(self.dtype) for layer in layers]
         if self.config.get("fc_norm"):
             states = [self._norm(state, f"fc_norm.{i}.weight") for i, state in enumerate(states)]
-        return np.asarray(np.concatenate(states, axis=1) @ self._tensor("fc.weight").T)
+        return self._linear(np.concatenate(states, axis=1), "fc.weight")
 
     def step(self, next_ids: Sequence[int] | Array, hidden: Array, start: int) -> DraftStep:
         """Positions from `start` on: each sees the token after it (`next_ids` [T]) and a state (`hidden` [T, H]).
@@ -85,7 +85,7 @@ class DraftReference:
         h = residual + self._attention(x, positions)
         h = h + self._mlp(self._norm(h, "midlayer.post_attention_layernorm.weight"))
         normed = self._norm(h, "norm.weight")
-        logits = normed @ self._tensor("lm_head.weight").T
+        logits = self._linear(normed, "lm_head.weight")
         passed_on = normed if self.config.get("norm_output") else h
         return DraftStep(logits, passed_on, self._keys, self._values)
 
@@ -106,8 +106,7 @@ class DraftReference:
 
     def _attention(self, x: Array, positions: Array) -> Array:
         def heads(part: str) -> Array:
-            weight = self._tensor(f"midlayer.self_attn.{part}_proj.weight")
-            return np.asarray(x @ weight.T).reshape(len(x), -1, self.head_dim)
+            return self._linear(x, f"midlayer.self_attn.{part}_proj.weight").reshape(len(x), -1, self.head_dim)
 
         theta = float(self.config.get("rope_theta") or 10000.0)
         pairs = np.arange(self.head_dim // 2)
@@ -120,12 +119,16 @@ class DraftReference:
         # The queries come after `before` others: empty ones stand for those, and their results are dropped.
         padded = np.concatenate([np.zeros((before, *query.shape[1:]), self.dtype), query])
         out = causal_attention(padded, self._keys, self._values, np.arange(len(padded)))[before:]
-        return np.asarray(out.reshape(len(x), -1) @ self._tensor("midlayer.self_attn.o_proj.weight").T)
+        return self._linear(out.reshape(len(x), -1), "midlayer.self_attn.o_proj.weight")
 
     def _mlp(self, x: Array) -> Array:
-        gate = x @ self._tensor("midlayer.mlp.gate_proj.weight").T
-        up = x @ self._tensor("midlayer.mlp.up_proj.weight").T
-        return np.asarray((gate * sigmoid(gate) * up) @ self._tensor("midlayer.mlp.down_proj.weight").T)
+        gate = self._linear(x, "midlayer.mlp.gate_proj.weight")
+        up = self._linear(x, "midlayer.mlp.up_proj.weight")
+        return self._linear(gate * sigmoid(gate) * up, "midlayer.mlp.down_proj.weight")
+
+    def _linear(self, x: Array, name: str) -> Array:
+        """x · Wᵀ; in a subclass rounded as the draft's precision says."""
+        return np.asarray(x @ self._tensor(name).T)
 
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(x, self._tensor(name), self.config["rms_norm_eps"])

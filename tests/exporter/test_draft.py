@@ -144,16 +144,6 @@ def test_bf16_drafts_are_computed_with_their_own_weights(tmp_path: Path) -> None
     pair.close()
 
 
-def test_the_draft_of_an_fp8_bundle_stays_bf16(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, dtype="FP8")
-    draft = write_draft(tmp_path / "draft", checkpoint)
-    bundle = export(str(checkpoint), tmp_path / "bundle", ExportOptions(draft=str(draft)))
-    assert bundle.manifest.precision is Precision.FP8
-    kinds = {info.dtype for name, info in bundle.tensors.items() if name.startswith("draft.")}
-    assert kinds == {DType.BF16, DType.F32, DType.I64}
-    onnx.checker.check_model(str(bundle.folder / "draft.onnx"), full_check=True)
-
-
 def test_one_form_of_the_graph(pair: Pair) -> None:
     """Inputs and outputs as DESIGN.md fixes them, whatever the draft; the graph passes ONNX's checker."""
     model = onnx.load(pair.bundle.folder / "draft.onnx", load_external_data=False)

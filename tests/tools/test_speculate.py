@@ -69,7 +69,7 @@ def test_a_bundle_without_a_draft_has_none_to_use(tmp_path: Path) -> None:
 
 
 def test_inspect_names_the_draft(bundle: Path) -> None:
-    assert "512 tokens, states after layers 0, 2, 3 of the model" in " ".join(
+    assert "512 tokens, states after layers 0, 2, 3 of the model, in bf16" in " ".join(
         angelforge("inspect", bundle).stdout.split()
     )
     assert "draft" in json.loads(angelforge("inspect", bundle, "--json").stdout)["graphs"]
@@ -84,10 +84,10 @@ def test_a_draft_of_another_model_is_refused(tmp_path: Path, small_checkpoint: P
 
 
 def test_notes_on_the_draft_are_told(tmp_path: Path, small_checkpoint: Path) -> None:
-    """That it stays bf16 beside fp8, and that its training was shorter than the stretched context."""
+    """That its training was shorter than the stretched context; what quantising it lost."""
     draft = write_draft(tmp_path / "draft", small_checkpoint)
     arguments = ("--precision", "fp8", "--rope-scaling", "yarn:4")
     result = angelforge("export", small_checkpoint, tmp_path / "bundle", "--draft", draft, *arguments)
     assert result.exit_code == 0, result.stderr
-    assert "The draft stays in bf16" in result.stderr
+    assert json.loads((tmp_path / "bundle/quantization.json").read_text())["kinds"]["draft"]["clipped"] == 0
     assert "names 512 positions, the target covers 2048" in result.stderr
