@@ -15,7 +15,7 @@ from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.device import Device
-from angelforge.runtime.device_weights import Progress, load_weights
+from angelforge.runtime.device_weights import DeviceWeights, Progress, load_weights
 from angelforge.runtime.tensorrt_buckets import Buckets
 from angelforge.runtime.tensorrt_buffers import (
     Buffer,
@@ -28,7 +28,16 @@ from angelforge.runtime.tensorrt_buffers import (
 from angelforge.runtime.tensorrt_memory import DeviceNeeds, PoolWish, choose_pages
 from angelforge.runtime.tensorrt_runner import Fixed, Runner
 from angelforge.runtime.tensorrt_session import TensorrtSession
-from angelforge.runtime.weight_layout import Slices, place_weights
+from angelforge.runtime.weight_layout import Slices, WeightLayout, place_weights
+from angelforge.tensorfile import TensorInfo
+
+
+@dataclass(frozen=True)
+class OtherWeights:
+    """Weights that come from elsewhere than the bundle's files: a benchmark makes them on the device."""
+
+    tensors: Mapping[str, TensorInfo]  # names, types and shapes, each with an origin of its own
+    make: Callable[[WeightLayout, Device], DeviceWeights]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class EngineOptions:
     rank: int | None = None  # the graph's input of that name, where several ranks share the model
     cuda_graphs: bool = True  # decoding is captured
     report: Progress | None = None  # of the weights
+    weights: OtherWeights | None = None  # in place of the bundle's
 
 
 class TensorRTEngine:
@@ -54,7 +64,8 @@ class TensorRTEngine:
         self, bundle: Bundle, opened: OpenedEngine, library: Library, device: Device, options: EngineOptions
     ) -> None:
         """Raises AngelForgeError where weights, memory or TensorRT do not allow it; a short device is told at once."""
-        bundle.require_weights()
+        if options.weights is None:
+            bundle.require_weights()
         manifest, profiles = bundle.manifest, opened.profiles
         self.config: ModelConfig = manifest.model
         self.page_size, self.max_context = manifest.page_size, manifest.max_context
@@ -70,7 +81,8 @@ class TensorRTEngine:
         session = TensorrtSession(library, opened.plan, options.on_context)
         more = () if options.rank is None else ("rank",)
         bindings = session.bindings(more, ("logits",) if manifest.draft is None else ("draft_hidden", "logits"))
-        layout = place_weights(bundle.tensors, bindings.weights, options.slices)
+        tensors = bundle.tensors if options.weights is None else options.weights.tensors
+        layout = place_weights(tensors, bindings.weights, options.slices)
         largest = self.largest = largest_of(profiles)
         states = StatePlan.of(bindings, largest)
         self._states_plan = states
@@ -82,7 +94,10 @@ class TensorRTEngine:
         wish = PoolWish(options.num_pages, options.kv_memory, useful, profiles[-1].pages.most)
         pages = choose_pages(needs, device.free_bytes(), wish)
         self.num_pages = pages if options.agree is None else options.agree(pages)
-        self.weights = load_weights(layout, device, options.report)
+        if options.weights is None:
+            self.weights = load_weights(layout, device, options.report)
+        else:
+            self.weights = options.weights.make(layout, device)
         self.activations = device.allocate(activations)
         self._pools, self._pool_tensors = allocate_pools(device, bindings.pools, self.num_pages), bindings.pools
         logits = bindings.outputs["logits"]

@@ -14,6 +14,7 @@ from angelforge.tools.output import print_json
 
 if TYPE_CHECKING:
     from angelforge.config import ModelConfig
+    from angelforge.tools.device_step.report import Report
 
 BATCHES, CONTEXTS = "1,32", "1024,131072"
 SHAPE = "AntAngelMed"
@@ -28,6 +29,7 @@ SHAPE = "AntAngelMed"
 @click.option(
     "--rounds", type=click.IntRange(1, 1000), default=50, show_default=True, help="Steps to take the median of."
 )
+@click.option("--kernels-only", is_flag=True, help="Not through TensorRT, too, where it is installed.")
 @click.option("--by-operator", is_flag=True, help="Time every operator by itself, too.")
 @click.option("--seed", default=1, show_default=True, help="Of weights, cache and tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write all figures to this file as JSON.")
@@ -39,6 +41,7 @@ def device(
     contexts: str,
     layers: int | None,
     rounds: int,
+    kernels_only: bool,
     by_operator: bool,
     seed: int,
     output: Path | None,
@@ -48,7 +51,8 @@ def device(
 
     SOURCE is a config.json, a checkpoint, a bundle or a Hub id, by default AntAngelMed's shape; nothing is read of it
     but its configuration. Weights and cache are random and made on the GPU. The step's kernels are launched in the
-    graph's order and captured in one CUDA graph. Batches and contexts that do not fit the memory are left out by name.
+    graph's order and captured in one CUDA graph; then the same through TensorRT, where it is installed, with an engine
+    that is built now. Batches and contexts that do not fit the memory are left out by name.
 
     \b
     Example:
@@ -63,24 +67,32 @@ def device(
     facts = require_gpu("bench device")
 
     from angelforge.tools.device_step.memory import Subject
-    from angelforge.tools.device_step.run import run
+    from angelforge.tools.device_step.run import add_tensorrt, run_kernels
     from angelforge.tools.device_step.sequences import Case
     from angelforge.tools.kernel_bench.run import find_machine
 
     cases = [Case(batch, context) for batch, context in sizes]
     longest = max(context for _, context in sizes)
     subject = Subject(chosen, Precision(precision), longest, seed, by_operator)
-    report = run(find_machine(facts), subject, config.num_hidden_layers, cases, rounds, _say)
-    if output is not None:
-        from angelforge.atomic import write_atomic
-
-        write_atomic(output, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    report = run_kernels(find_machine(facts), subject, config.num_hidden_layers, cases, rounds, _say)
+    _write(output, report)
+    if not kernels_only:
+        report = add_tensorrt(report, facts, rounds, _say)
+        _write(output, report)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(report.markdown())
     if report.problems:
         raise AngelForgeError(f"{len(report.problems)} results are wrong or missing: {report.problems[0]}.")
+
+
+def _write(output: Path | None, report: Report) -> None:
+    """Also before TensorRT is tried, which may end the process."""
+    if output is not None:
+        from angelforge.atomic import write_atomic
+
+        write_atomic(output, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def _config(source: str) -> ModelConfig:

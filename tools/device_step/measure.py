@@ -1,7 +1,7 @@
 """Measures decoding steps on a GPU: captured in a CUDA graph, replayed, timed by events; nothing runs in between."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class Figures:
     finite: bool  # every logit
     repeatable: bool  # the captured step gives the bits of the one that was launched from Python
     operators: tuple[OperatorTime, ...] = ()  # heaviest first; empty where they were not asked for
+    through: str = "kernels"  # what launched the step
+    logits: Any = field(default=None, repr=False, compare=False)  # torch.Tensor f32 [R, vocab] on the host
+    cosine: float | None = None  # of the logits with those of the kernels launched in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +79,18 @@ def measure_case(model: DeviceModel, case: Case, rounds: int) -> Figures:
         graph.replay()
     torch.cuda.synchronize()
     same, finite = torch.equal(captured, logits), bool(captured.isfinite().all())
-    timing = summarise([_replayed(graph) for _ in range(rounds)])
+    timing = summarise([elapsed(graph.replay) for _ in range(rounds)])
+    host = logits.cpu()
     del captured, graph, values, logits
     torch.cuda.empty_cache()
-    return Figures(case, timing, experts, finite, same, operators)
+    return Figures(case, timing, experts, finite, same, operators, logits=host)
 
 
-def _replayed(graph: Any) -> float:
-    """µs of one replay."""
+def elapsed(work: Callable[[], None]) -> float:
+    """µs on the GPU of what `work` puts on torch's current stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    graph.replay()
+    work()
     end.record()
     end.synchronize()
     return 1000.0 * float(start.elapsed_time(end))

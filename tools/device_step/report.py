@@ -12,10 +12,12 @@ from angelforge.tools.device_step.sequences import Case
 from angelforge.tools.kernel_bench.measure import Machine
 
 HEAD = (
-    "step", "ms", "tok/s", "limit tok/s", "GB read", "of nominal", "of achievable", "experts a layer", "goal",
+    "step", "through", "ms", "tok/s", "limit tok/s", "GB read", "of nominal", "of achievable", "experts a layer",
+    "goal",
 )  # fmt: skip
 RATE_GOAL, RATE_CONTEXT = 400.0, 4096  # tok/s at batch 1, while the cache is small beside the weights
 SHARE_GOAL, SHARE_BATCH = 0.80, 32  # of achievable bandwidth
+LEAST_COSINE = 0.9  # of two ways to run the same kernels on the same weights; differently tiled, FP8 steps differ
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Row:
     goal: str | None
     goal_met: bool | None
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.figures.case} through {self.figures.through}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -39,12 +46,12 @@ class Report:
     machine: Machine
     subject: Subject
     all_layers: int  # of the model, of which the subject has the first
-    how: str  # what launched the kernels
-    launches: int  # of a step
+    launches: int  # of a step, kernel by kernel; what TensorRT makes of it is not seen
     launches_by_layer: Sequence[int]
     rows: Sequence[Row]
     left_out: Sequence[tuple[Case, str]]
     failed: Sequence[str]  # cases that could not be run, and why
+    notes: Sequence[str]
     versions: dict[str, str]
     date: str  # ISO 8601
 
@@ -54,9 +61,11 @@ class Report:
         found = []
         for row in self.rows:
             if not row.figures.finite:
-                found.append(f"{row.figures.case}: logits are not finite")
+                found.append(f"{row.name}: logits are not finite")
             if not row.figures.repeatable:
-                found.append(f"{row.figures.case}: the captured step gives other bits than the first run")
+                found.append(f"{row.name}: the captured step gives other bits than the first run")
+            if row.figures.cosine is not None and not row.figures.cosine >= LEAST_COSINE:
+                found.append(f"{row.name}: logits differ from the kernels', cosine {row.figures.cosine:.3f}")
         return [*found, *self.failed]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +75,6 @@ class Report:
             "date": self.date,
             "gpu": {"name": machine.gpu_name, **asdict(machine.gpu)},
             "versions": self.versions,
-            "launched_by": self.how,
             "nominal_bandwidth": machine.target.bandwidth if machine.target else None,
             "achievable_bandwidth": machine.achievable,
             "precision": subject.precision.value,
@@ -75,6 +83,7 @@ class Report:
             "launches": self.launches,
             "launches_by_layer": list(self.launches_by_layer),
             "problems": self.problems,
+            "notes": list(self.notes),
             "steps": [_entry(row) for row in self.rows],
             "left_out": [{**asdict(case), "reason": reason} for case, reason in self.left_out],
         }
@@ -87,8 +96,8 @@ class Report:
         each = f"{min(self.launches_by_layer)} to {max(self.launches_by_layer)}"
         lines = [
             f"{self.machine.gpu_name} ({gpu.architecture}, {gpu.sms} SMs), {self.date}, {versions}.",
-            f"{layers} in {subject.precision.value}, random weights; {self.how}: {self.launches} launches a step, "
-            f"{each} a layer. A read-only kernel reaches {self.machine.achievable / 1e9:.0f} GB/s.",
+            f"{layers} in {subject.precision.value}, random weights; {self.launches} kernels a step, {each} "
+            f"a layer. A read-only kernel reaches {self.machine.achievable / 1e9:.0f} GB/s.",
             "",
             _line(HEAD),
             "|---" * len(HEAD) + "|",
@@ -96,6 +105,7 @@ class Report:
         ]
         lines += [line for row in self.rows for line in _operator_lines(row.figures)]
         lines += [f"\nnot measured: {case} {reason}." for case, reason in self.left_out]
+        lines += [f"\n{note}" for note in self.notes]
         return "\n".join([*lines, *(f"\nwrong: {problem}." for problem in self.problems)])
 
 
@@ -127,6 +137,7 @@ def _entry(row: Row) -> dict[str, Any]:
     figures = row.figures
     return {
         **asdict(figures.case),
+        "through": figures.through,
         "microseconds": asdict(figures.timing),
         "tokens_per_second": row.tokens_per_second,
         "limit_tokens_per_second": row.limit,
@@ -136,6 +147,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "experts": list(figures.experts),
         "finite": figures.finite,
         "repeatable": figures.repeatable,
+        "cosine": figures.cosine,
         "goal": row.goal,
         "goal_met": row.goal_met,
         "operators": [asdict(item) for item in figures.operators],
@@ -145,6 +157,7 @@ def _entry(row: Row) -> dict[str, Any]:
 def _cells(row: Row) -> Iterator[str]:
     experts = row.figures.experts
     yield str(row.figures.case)
+    yield row.figures.through
     yield f"{row.figures.timing.median / 1000:.3f}"
     yield f"{row.tokens_per_second:.0f}"
     yield "–" if row.limit is None else f"{row.limit:.0f}"

@@ -1,25 +1,29 @@
-"""A run: what fits, random weights, and every case that does."""
+"""A run: every case that fits, its kernels launched in order; then the same through TensorRT where there is one."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
 
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.compile import COMPILE_ERRORS
+from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.tools.device_step.measure import measure_case
 from angelforge.tools.device_step.memory import Subject, fit
 from angelforge.tools.device_step.model import DeviceModel
 from angelforge.tools.device_step.report import Report, make_row
 from angelforge.tools.device_step.sequences import Case
+from angelforge.tools.device_step.through_tensorrt import measure_through_tensorrt
 from angelforge.tools.kernel_bench.measure import Machine
 from angelforge.tools.kernel_bench.run import versions
 
 Say = Callable[[str], None]
-KERNELS = "kernels launched in order, captured in one CUDA graph"
 
 
-def run(machine: Machine, subject: Subject, all_layers: int, cases: Sequence[Case], rounds: int, say: Say) -> Report:
+def run_kernels(
+    machine: Machine, subject: Subject, all_layers: int, cases: Sequence[Case], rounds: int, say: Say
+) -> Report:
     """Measures the cases that fit the GPU.
 
     Raises:
@@ -48,15 +52,29 @@ def run(machine: Machine, subject: Subject, all_layers: int, cases: Sequence[Cas
         machine=machine,
         subject=subject,
         all_layers=all_layers,
-        how=KERNELS,
         launches=model.graph.launches,
         launches_by_layer=model.graph.launches_by_layer,
         rows=rows,
         left_out=fitting.left_out,
         failed=failed,
+        notes=(),
         versions=versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def add_tensorrt(report: Report, facts: GpuFacts, rounds: int, say: Say) -> Report:
+    """The report with the same cases through TensorRT, or with a sentence that says why not."""
+    measured = [row.figures for row in report.rows]
+    if report.failed or not measured:
+        return replace(report, notes=("Not tried through TensorRT: the kernels alone have failed.",))
+    torch.cuda.empty_cache()
+    try:
+        found = measure_through_tensorrt(facts, report.machine, report.subject, measured, rounds, say)
+    except AngelForgeError as error:
+        return replace(report, notes=(f"Not through TensorRT: {error}",))
+    rows = [make_row(report.subject, report.all_layers, report.machine, figures) for figures in found]
+    return replace(report, rows=[*report.rows, *rows])
 
 
 def free_bytes() -> int:

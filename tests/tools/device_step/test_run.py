@@ -22,7 +22,7 @@ from angelforge.tools.device_step.measure import Figures, OperatorTime, first_ru
 from angelforge.tools.device_step.memory import Subject
 from angelforge.tools.device_step.model import DeviceModel
 from angelforge.tools.device_step.report import Report, make_row
-from angelforge.tools.device_step.run import run
+from angelforge.tools.device_step.run import run_kernels
 from angelforge.tools.device_step.sequences import Case
 from angelforge.tools.kernel_bench.measure import Machine
 from angelforge.tools.kernel_bench.statistics import Timing
@@ -58,14 +58,14 @@ def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.Mo
     said: list[str] = []
     subject = Subject(SMALL.with_layers(1), Precision.FP8, 65)
     cases = [Case(1, 65), Case(64, 10**6), Case(2, 3)]
-    report = run(MACHINE, subject, SMALL.num_hidden_layers, cases, 4, said.append)
+    report = run_kernels(MACHINE, subject, SMALL.num_hidden_layers, cases, 4, said.append)
     [row] = report.rows
     assert (row.figures.case, row.figures.finite, row.tokens_per_second) == (Case(1, 65), True, 2000.0)
     assert report.problems == ["batch 2 at 3: CUDA error: an illegal memory access; the run ends here"]
     assert [case for case, _ in report.left_out] == [Case(64, 10**6)]
     table = report.markdown()
     assert "1 of 4 layers in fp8, random weights" in table
-    assert "14 launches a step, 9 to 9 a layer" in table
+    assert "14 kernels a step, 9 to 9 a layer" in table
     assert "not measured: batch 64 at 1000000 needs" in table
     assert "wrong: batch 2 at 3: CUDA error" in table
     assert any("0.500 ms" in line for line in said)
@@ -97,15 +97,15 @@ def test_a_report_says_what_is_wrong() -> None:
     ]
     rows = [make_row(FULL, 32, MACHINE, item) for item in seen]
     report = Report(
-        MACHINE, FULL, 32, "how", 386, [9, *[12] * 31], rows, [(Case(32, 131072), "is large")], [], {}, "now"
+        MACHINE, FULL, 32, 386, [9, *[12] * 31], rows, [(Case(32, 131072), "is large")], [], ["a note"], {}, "now"
     )
     assert len(report.problems) == 2
     table = report.markdown()
-    assert "| batch 1 at 1K | 2.400 | 417 | 76" in table
+    assert "| batch 1 at 1K | kernels | 2.400 | 417 | 76" in table
     assert "≥ 400 tok/s, met |" in table
     assert "| Fp8MoEGateUp | 31 | 900 | 75.0 % |" in table
-    assert "386 launches a step, 9 to 12 a layer" in table
-    assert "wrong: batch 32 at 1K: logits are not finite." in table
+    assert "386 kernels a step, 9 to 12 a layer" in table
+    assert "wrong: batch 32 at 1K through kernels: logits are not finite." in table
     raw = json.loads(json.dumps(report.to_dict()))
     assert raw["steps"][0]["experts"] == [8] * 31
     assert raw["steps"][1]["goal_met"] is True

@@ -10,10 +10,14 @@ from angelforge.engines.footprint import weight_bytes
 from angelforge.exporter.graph import build_graph
 from angelforge.exporter.layout import bundle_tensors
 from angelforge.exporter.synthetic_config import FULL_CONFIG, small_config
+from angelforge.plugins import run_kernel
+from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.run_kernel import ONNX_TYPES
 from angelforge.precision import Precision
 from angelforge.tools.device_step import weights as module
+from angelforge.tools.device_step.executor import StepGraph
 from angelforge.tools.device_step.memory import PAGE_SIZE
+from angelforge.tools.device_step.sequences import Case, decode_batch, on_device
 from angelforge.tools.device_step.weights import empty_weights, fill_weights, nbytes
 
 FULL = ModelConfig.from_dict(FULL_CONFIG)
@@ -71,3 +75,20 @@ def test_tokens_spread_over_the_experts_of_the_real_router() -> None:
     found = np.mean([len(set(ids[start : start + 32].flatten().tolist())) for start in range(0, 640, 32)])
     assert found == pytest.approx(touched_experts(FULL, 32), rel=0.04)  # 163
     assert torch.bincount(ids.flatten().long(), minlength=256).min() > 0
+
+
+@pytest.mark.parametrize("case", [Case(1, 131072), Case(32, 1024)], ids=str)
+def test_the_real_step_can_be_launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node of all 32 layers finds its kernel, tile and outputs for the real sizes; nothing is computed."""
+    launched = []
+    monkeypatch.setattr(run_kernel, "launch", lambda kernel, *_: launched.append(kernel.operator.name))
+    graph = build_graph(FULL, Precision.FP8, PAGE_SIZE, CONTEXT)
+    step = StepGraph(graph, Gpu("sm_90", 132))
+    shape = (case.pages(PAGE_SIZE), 2, FULL.num_key_value_heads, PAGE_SIZE, FULL.head_dim)
+    pools = {f"kv_cache.{i}": torch.empty(shape, dtype=torch.bfloat16, device="meta") for i in range(32)}
+    inputs = {n: v.to("meta") for n, v in on_device(decode_batch(FULL, case, PAGE_SIZE, 1), "cpu").items()}
+    logits = step.run({**empty_weights(graph, "meta"), **pools, **inputs})
+    assert (tuple(logits.shape), logits.dtype) == ((case.batch, FULL.vocab_size), torch.float32)
+    assert len(launched) == step.launches - 2  # two Gathers are torch's
+    assert step.launches_by_layer == [9, *[12] * 31]
+    assert launched.count("Fp8MoEGateUp") == 31
