@@ -2,143 +2,204 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Int64
+from angelforge.runtime.batch import Float32, Int64
 from angelforge.runtime.distribution import Float64
 from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
 from angelforge.runtime.request import Request
-from angelforge.runtime.sampler import draw as draw_from
-from angelforge.runtime.sampler import is_argmax, sample
+from angelforge.runtime.sampler import draw_among, is_argmax, sample
 from angelforge.runtime.scheduler import Scheduled
 from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.verification import judge, judge_among
+
+if TYPE_CHECKING:
+    from angelforge.runtime.device_sampling import DeviceSampler
 
 _NO_TOKEN = (
     "The engine computed no finite logits, so no token could be chosen. Check the weights with `inspect --verify`."
 )
 
 
-Draw = Callable[[Any, Sequence[Request]], Int64]
+Draw = Callable[[Float32, Sequence[Request]], Int64]
 Candidates = tuple[Int64, Float64]  # ids and their probabilities
+Logprob = Callable[[int, int, int], TokenLogprob]  # of a row's token, with so many of the likeliest
+
+
+@dataclass(slots=True)
+class _Run:
+    """A request of a step whose rows from `first` on give tokens: of each proposal, and after them."""
+
+    scheduled: Scheduled
+    first: int
+    tokens: Sequence[int] = ()  # of the rows, where none depends on what the ones before give
+    options: Sequence[Candidates] | None = None  # of the rows otherwise, from logits on a device
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return 1 + len(self.scheduled.proposed)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no row depends on what the ones before give."""
+        return not self.scheduled.proposed or is_argmax(self.scheduled.request)
 
 
 @dataclass(slots=True)
 class _Made:
-    """What a step of the engine made, and what is known of it."""
+    """What a step of the engine made."""
 
     logits: Any
     speculator: Speculator | None
-    told: Mapping[int, TokenLogprob]  # by row, of rows on a device whose token is known
-
-    def logprob(self, row: int, token: int, count: int) -> TokenLogprob:
-        """Of `token` by a row, with the `count` likeliest."""
-        return self.told.get(row) or row_logprobs(self.logits[row : row + 1], [token], count)[0]
+    logprob: Logprob
 
 
-def choose_tokens(step: Sequence[Scheduled], logits: Any, speculator: Speculator | None, draw: Draw = sample) -> None:
-    """Gives each request of a computed step what its rows of `logits` f32 [R, vocab] say, one token after another.
+class Chooser:
+    """Gives each request of a computed step what its rows of logits say, one token after another.
 
-    `logits` is a NumPy array or a torch tensor, `draw` takes the tokens that depend on no others from it. A request
-    that cannot go on ends with an error; others are unharmed.
+    Logits are NumPy arrays or torch tensors; beside the latter it keeps, on their device, what was seen of requests.
     """
-    begin, chosen = 0, []  # (scheduled, its first row that gives a token)
-    for scheduled in step:
-        if scheduled.scoring:
-            _score(scheduled, logits[begin : begin + scheduled.scoring])
-        request = scheduled.request
-        if scheduled.wants and request.length == request.max_length:
-            request.end("length")  # nothing but the prompt's logprobs was asked for
-        if scheduled.wants and not request.finished:
-            chosen.append((scheduled, begin + scheduled.scoring))
-        begin += scheduled.piece.logits
-    # Most rows give their token whatever the rows before say: those are sampled together.
-    rows: list[int] = []
-    drawing: list[Request] = []
-    for scheduled, first in chosen:
-        if _is_plain(scheduled):
-            count = 1 + len(scheduled.proposed)
-            rows += range(first, first + count)
-            drawing += [scheduled.request] * count
-    tokens = draw(logits if len(rows) == begin else logits[rows], drawing).tolist() if rows else []
-    made = _Made(logits, speculator, _logprobs_on_device(logits, rows, tokens, drawing))
-    following = iter(tokens)
-    known = _candidates_on_device(logits, [one for one in chosen if not _is_plain(one[0])])
-    for scheduled, first in chosen:
-        if _is_plain(scheduled):
-            _accept_run(scheduled, list(islice(following, 1 + len(scheduled.proposed))), made, first)
+
+    def __init__(self, draw: Draw = sample, sampler: DeviceSampler | None = None) -> None:
+        """`draw` takes tokens from logits on the host, `sampler` from those on a device; a benchmark times them."""
+        self._draw = draw
+        self._sampler = sampler
+
+    def choose(self, step: Sequence[Scheduled], logits: Any, speculator: Speculator | None) -> None:
+        """Of `logits` f32 [R, vocab]. A request that cannot go on ends with an error; others are unharmed.
+
+        Raises AngelForgeError where a device fails in this or earlier work.
+        """
+        runs, scoring, begin = [], [], 0
+        for scheduled in step:
+            if scheduled.scoring:
+                scoring.append((scheduled, begin))
+            if scheduled.wants and not scheduled.request.finished:
+                runs.append(_Run(scheduled, begin + scheduled.scoring))
+            begin += scheduled.piece.logits
+        if isinstance(logits, np.ndarray):
+            logprob = self._look(runs, scoring, logits, begin)
         else:
-            _judge_run(scheduled, made, first, known.get(first))
+            logprob = self._look_on_device(runs, scoring, logits)
+        made = _Made(logits, speculator, logprob)
+        for run in runs:
+            if not run.scheduled.request.finished:
+                (_accept_run if run.plain else _judge_run)(run, made)
+
+    def _look(
+        self, runs: Sequence[_Run], scoring: Sequence[tuple[Scheduled, int]], logits: Float32, rows: int
+    ) -> Logprob:
+        """Scores prompts, and draws what depends on no other row; logprobs of the rest are looked up when needed."""
+
+        def logprob(row: int, token: int, count: int) -> TokenLogprob:
+            return row_logprobs(logits[row : row + 1], [token], count)[0]
+
+        for scheduled, begin in scoring:
+            _score(scheduled, [(begin + place, token) for place, token in enumerate(_to_score(scheduled))], logprob)
+        _end_scored(runs)
+        # Most rows give their token whatever the rows before say: those are sampled together.
+        plain = [run for run in runs if run.plain and not run.scheduled.request.finished]
+        chosen = [row for run in plain for row in range(run.first, run.first + run.count)]
+        asked = [run.scheduled.request for run in plain for _ in range(run.count)]
+        tokens = self._draw(logits if len(chosen) == rows else logits[chosen], asked).tolist() if chosen else []
+        _deal(plain, tokens)
+        return logprob
+
+    def _look_on_device(self, runs: Sequence[_Run], scoring: Sequence[tuple[Scheduled, int]], logits: Any) -> Logprob:
+        """The same for logits on a device, and all that can come where proposals are judged: in one round."""
+        from angelforge.runtime.device_adjusting import Place, places_of  # they need torch
+        from angelforge.runtime.device_round import Scored
+        from angelforge.runtime.device_sampling import DeviceSampler
+
+        if self._sampler is None:
+            self._sampler = DeviceSampler(logits.device)
+        scores = {
+            id(scheduled): [
+                Scored(begin + place, token, scheduled.request.params.prompt_logprobs or 0)
+                for place, token in enumerate(_to_score(scheduled))
+            ]
+            for scheduled, begin in scoring
+        }
+        going = [run for run in runs if not _is_scored_out(run)]
+        plain, judged = [run for run in going if run.plain], [run for run in going if not run.plain]
+        draws = [
+            Place.of(row, run.scheduled.request) for run in plain for row in range(run.first, run.first + run.count)
+        ]
+        chains = [places_of(run.first, run.scheduled.request, run.scheduled.proposed) for run in judged]
+        if not draws and not chains and not any(scores.values()):
+            _end_scored(runs)
+            return lambda row, token, count: row_logprobs(logits[row : row + 1], [token], count)[0]
+        answer = self._sampler.answer(
+            logits,
+            draws,
+            [place for chain in chains for place in chain],
+            [one for each in scores.values() for one in each],
+        )
+        for scheduled, _ in scoring:
+            _score(scheduled, [(one.row, one.token) for one in scores[id(scheduled)]], answer.logprob)
+        _end_scored(runs)
+        _deal(plain, answer.tokens.tolist())
+        begin = 0
+        for run in judged:
+            run.options = answer.options[begin : begin + run.count]
+            begin += run.count
+        return answer.logprob
 
 
-def _logprobs_on_device(
-    logits: Any, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[Request]
-) -> dict[int, TokenLogprob]:
-    """By row: the logprobs that requests ask for, from logits on a device, as one piece of work for each number asked.
-
-    Rows without a token are left out.
-    """
-    if isinstance(logits, np.ndarray):
-        return {}  # nothing is gained before it is known which rows count
-    asked: dict[int, list[tuple[int, int]]] = {}
-    for row, token, request in zip(rows, tokens, requests, strict=True):
-        if request.params.logprobs is not None and token >= 0:
-            asked.setdefault(request.params.logprobs, []).append((row, token))
-    told: dict[int, TokenLogprob] = {}
-    for count, pairs in asked.items():
-        places, chosen = [row for row, _ in pairs], [token for _, token in pairs]
-        told.update(zip(places, row_logprobs(logits[places], chosen, count), strict=True))
-    return told
-
-
-def _candidates_on_device(logits: Any, judged: Sequence[tuple[Scheduled, int]]) -> dict[int, list[Candidates]]:
-    """By first row: what can come at each place of the chains of `judged`, from logits on a device, all at once.
-
-    A place counts only if all proposals before it pass, so that its history is known already.
-    """
-    if not judged or isinstance(logits, np.ndarray):
-        return {}
-    from angelforge.runtime.device_candidates import candidates_on_device, places_of  # needs torch
-
-    runs = [places_of(first, scheduled.request, scheduled.proposed) for scheduled, first in judged]
-    found = iter(candidates_on_device(logits, [place for run in runs for place in run]))
-    return {first: [next(found) for _ in run] for (_, first), run in zip(judged, runs, strict=True)}
-
-
-def _is_plain(scheduled: Scheduled) -> bool:
-    return not scheduled.proposed or is_argmax(scheduled.request)
-
-
-def _score(scheduled: Scheduled, logits: Any) -> None:
+def _to_score(scheduled: Scheduled) -> list[int]:
+    """The tokens of the prompt whose logprobs a step's first rows of a request tell."""
     request = scheduled.request
     count = min(scheduled.scoring, request.prompt_length - 1 - request.scored)
-    tokens = request.tokens[request.scored + 1 : request.scored + 1 + count].tolist()
+    tokens: list[int] = request.tokens[request.scored + 1 : request.scored + 1 + count].tolist()
+    return tokens
+
+
+def _score(scheduled: Scheduled, known: Sequence[tuple[int, int]], logprob: Logprob) -> None:
+    """Notes the logprobs of a prompt's tokens: (row, token) of each."""
+    request = scheduled.request
     try:
-        request.score(row_logprobs(logits[:count], tokens, request.params.prompt_logprobs or 0))
+        request.score([logprob(row, token, request.params.prompt_logprobs or 0) for row, token in known])
     except AngelForgeError as error:
         request.end("error", str(error))
 
 
-def _accept_run(scheduled: Scheduled, tokens: Sequence[int], made: _Made, first: int) -> None:
+def _is_scored_out(run: _Run) -> bool:
+    """Whether nothing but the prompt's logprobs was asked for."""
+    return run.scheduled.request.length == run.scheduled.request.max_length
+
+
+def _end_scored(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        if _is_scored_out(run):
+            run.scheduled.request.end("length")
+
+
+def _deal(runs: Sequence[_Run], tokens: Sequence[int]) -> None:
+    begin = 0
+    for run in runs:
+        run.tokens = tokens[begin : begin + run.count]
+        begin += run.count
+
+
+def _accept_run(run: _Run, made: _Made) -> None:
     """The tokens of a request's rows as far as its proposals agree with them."""
-    for place, token in enumerate(tokens):
-        passed = place < len(scheduled.proposed) and token == scheduled.proposed[place]
-        if not _accept(scheduled, place, token, passed, made, first):
+    proposed = run.scheduled.proposed
+    for place, token in enumerate(run.tokens):
+        passed = place < len(proposed) and token == proposed[place]
+        if not _accept(run, place, token, passed, made):
             return
 
 
-def _judge_run(scheduled: Scheduled, made: _Made, first: int, known: Sequence[Candidates] | None) -> None:
-    """The proposals in their order as far as the target lets them pass, and then a token of its own.
-
-    `known` are the candidates at each place, where the logits are on a device.
-    """
+def _judge_run(run: _Run, made: _Made) -> None:
+    """The proposals in their order as far as the target lets them pass, and then a token of its own."""
     assert made.speculator is not None
+    scheduled, known, first = run.scheduled, run.options, run.first
     request, logits = scheduled.request, made.logits
     for place, proposal in enumerate(scheduled.proposed):
         shares = made.speculator.shares(request, place)
@@ -146,20 +207,20 @@ def _judge_run(scheduled: Scheduled, made: _Made, first: int, known: Sequence[Ca
             token = judge(logits[first + place], request, proposal, shares)
         else:
             token = judge_among(*known[place], request, proposal, shares)
-        if not _accept(scheduled, place, token, token == proposal, made, first):
+        if not _accept(run, place, token, token == proposal, made):
             return
     place = len(scheduled.proposed)
     if known is None:
         token = int(sample(logits[first + place : first + place + 1], [request])[0])
     else:
-        token = draw_from(*known[place], request.rng) if known[place][0].shape[0] else -1
-    _accept(scheduled, place, token, False, made, first)
+        token = draw_among(*known[place], request.rng)
+    _accept(run, place, token, False, made)
 
 
-def _accept(scheduled: Scheduled, place: int, token: int, passed: bool, made: _Made, first: int) -> bool:
-    """Takes the token at `place` of a run whose rows begin at `first`; whether the next place counts."""
-    request = scheduled.request
-    if place < len(scheduled.proposed):
+def _accept(run: _Run, place: int, token: int, passed: bool, made: _Made) -> bool:
+    """Takes the token at `place` of a run; whether the next place counts."""
+    request = run.scheduled.request
+    if place < len(run.scheduled.proposed):
         assert made.speculator is not None
         made.speculator.judged(request, place, passed)
         request.computed += passed
@@ -168,7 +229,7 @@ def _accept(scheduled: Scheduled, place: int, token: int, passed: bool, made: _M
         return False
     count = request.params.logprobs
     try:
-        request.accept(token, None if count is None else made.logprob(first + place, token, count))
+        request.accept(token, None if count is None else made.logprob(run.first + place, token, count))
     except AngelForgeError as error:  # of a constraint
         request.end("error", str(error))
     return passed and not request.finished

@@ -1,166 +1,163 @@
-"""Bias, penalties and grammar masks on rows of logits that lie on a device, sent there in one copy."""
+"""Bias, penalties and grammar masks on rows of logits that lie on a device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from angelforge.runtime.device_history import DeviceHistories
+from angelforge.runtime.device_transfer import Packed
+from angelforge.runtime.history import Counted, History, Seen
+
 if TYPE_CHECKING:
-    from angelforge.runtime.batch import Float32
     from angelforge.runtime.constraint import Constraint
-    from angelforge.runtime.history import Counted
+    from angelforge.runtime.sampler import Drawing
     from angelforge.runtime.sampling import SamplingParams
 
-
-Fill = Callable[[Any], None]  # writes an array into a view of the memory that is copied
-
-
-class Asked(Protocol):
-    """What is looked at of a request, or of one place of its chain of proposals."""
-
-    @property
-    def params(self) -> SamplingParams:
-        """Its rules."""
-
-    @property
-    def rng(self) -> np.random.Generator:
-        """Its own generator."""
-
-    @property
-    def history(self) -> Counted | None:
-        """Of prompt and output so far, where something is penalised."""
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """Its grammar."""
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
-class Packed:
-    """Arrays that go to a device in one copy, written where it is copied from."""
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A row of logits, and what holds for the token that it gives."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts: list[tuple[str, np.dtype[Any], tuple[int, ...], Fill]] = []
-        self._sent: dict[str, torch.Tensor] = {}
+    row: int
+    params: SamplingParams
+    history: History | Seen | None  # of all before, without `ahead`
+    rng: np.random.Generator
+    constraint: Constraint | None = None
+    ahead: tuple[int, ...] = ()  # proposals that stand before it
+    logprobs: int | None = None  # of the likeliest tokens that are told beside the one that is chosen
 
-    def add(self, name: str, array: Any) -> None:
-        """An array of a NumPy type that torch has, too."""
-        self.fill(name, array.dtype, array.shape, lambda view: np.copyto(view, array))
+    @classmethod
+    def of(cls, row: int, request: Drawing, ahead: tuple[int, ...] = ()) -> Place:
+        """A request's place."""
+        params = request.params
+        return cls(row, params, request.history, request.rng, request.constraint, ahead, params.logprobs)
 
-    def fill(self, name: str, dtype: Any, shape: Sequence[int], write: Fill) -> None:
-        """One that `write` is to write."""
-        self._parts.append((name, np.dtype(dtype), tuple(shape), write))
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was added."""
-        return not self._parts
-
-    def send(self) -> None:
-        """One copy of all; on a GPU from pinned memory, which torch keeps until the copy is done."""
-        sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape, _ in self._parts]
-        total = sum(-(-size // 8) * 8 for size in sizes)
-        host = torch.empty(total, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        octets, places, begin = host.numpy(), [], 0
-        for (_, dtype, shape, write), size in zip(self._parts, sizes, strict=True):
-            write(octets[begin : begin + size].view(dtype).reshape(shape))
-            places.append(begin)
-            begin += -(-size // 8) * 8
-        there = host.to(self._device, non_blocking=True)
-        for (name, dtype, shape, _), begin, size in zip(self._parts, places, sizes, strict=True):
-            self._sent[name] = there[begin : begin + size].view(_TORCH[dtype]).view(shape)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._sent[name]
-
-    def get(self, name: str) -> torch.Tensor | None:
-        """None for what was not added."""
-        return self._sent.get(name)
+    def seen(self) -> Counted | None:
+        """The history with the proposals before this place."""
+        history = self.history
+        if not isinstance(history, History):
+            return history
+        for token in self.ahead:
+            history.add(token)
+        found = Seen(history.ids.copy(), history.counts.copy())
+        for token in reversed(self.ahead):
+            history.take_back(token)
+        return found
 
 
-_TORCH = {np.dtype(name): getattr(torch, name) for name in ("int32", "int64", "float32", "float64")}
+def places_of(first: int, request: Drawing, proposed: Sequence[int]) -> list[Place]:
+    """The rows of a request from `first` on: after none, one, … of its proposals."""
+    return [Place.of(first + count, request, tuple(proposed[:count])) for count in range(len(proposed) + 1)]
 
 
-def adjusted_rows(logits: torch.Tensor, rows: Sequence[int], requests: Sequence[Asked]) -> torch.Tensor:
-    """Rows of `logits` f32 [R, vocab] after what their requests ask for, f32 [n, vocab], as `distribution.adjusted`.
+def pack_adjustments(packed: Packed, shape: Sequence[int], places: Sequence[Place], histories: DeviceHistories) -> bool:
+    """Adds to `packed` all that changes the rows `places` of logits [R, vocab]; whether they are not all, as they are.
 
-    A copy where anything is changed or left out. Histories are sent anew with each step, each id once: some kilobytes a
-    request. Keeping them on the device would save that and cost a table as wide as the vocabulary for each request.
+    Histories of requests are kept on the device, others are sent as they are, each id once.
     """
-    packed = pack_adjustments(logits.shape, rows, requests, logits.device)
-    if packed is None:
-        return logits
+    rows = [place.row for place in places]
+    changed = len(rows) < shape[0] or rows != list(range(shape[0]))
+    if changed:
+        packed.add("rows", np.array(rows, np.int64))
+    numbered, vocab = list(enumerate(places)), shape[1]
+    if biased := [(number, place.params.bias) for number, place in numbered if place.params.logit_bias]:
+        packed.add("biased", np.concatenate([bias.ids + number * vocab for number, bias in biased]))
+        packed.add("bias", np.concatenate([bias.values_f32 for _, bias in biased]))
+    penalized = [(number, place) for number, place in numbered if place.params.penalizes]
+    if penalized:
+        _pack_penalties(packed, vocab, penalized, histories)
+    masks = [(number, place.constraint.mask()) for number, place in numbered if place.constraint is not None]
+    if masks:
+        packed.add("masked", np.array([number for number, _ in masks]))
+        packed.add("words", np.stack([words for _, words in masks]).view(np.int32))
+    return changed or bool(biased or penalized or masks)
+
+
+def adjusted_rows(logits: torch.Tensor, packed: Packed, histories: DeviceHistories) -> torch.Tensor:
+    """The rows f32 [n, vocab] of `logits` f32 [R, vocab] after what was packed for them, as `distribution.adjusted`."""
     x = logits.clone() if (chosen := packed.get("rows")) is None else logits.index_select(0, chosen)
     flat = x.view(-1)
     if (places := packed.get("biased")) is not None:
-        flat[places] = flat[places] + packed["bias"]
-    if (places := packed.get("seen")) is not None:
-        values = flat[places]
-        if (factor := packed.get("repetition")) is not None:
-            values = torch.where(values > 0, values / factor, values * factor)
-        for name in ("frequency", "presence"):
-            if (taken := packed.get(name)) is not None:
-                values = values - taken
-        flat[places] = values
+        flat.index_put_((places,), flat.index_select(0, places) + packed["bias"])
+    _penalize(flat, x.shape[1], packed, histories)
     if (words := packed.get("words")) is not None:
         bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=x.device)) & 1  # [m, words, 32]
         known = bits.flatten(1)[:, : x.shape[1]].bool()
         allowed = torch.zeros((words.shape[0], x.shape[1]), dtype=torch.bool, device=x.device)
         allowed[:, : known.shape[1]] = known  # ids beyond the mask are not allowed
-        x[packed["masked"]] = x[packed["masked"]].masked_fill(~allowed, -torch.inf)
+        masked = packed["masked"]
+        x.index_copy_(0, masked, x.index_select(0, masked).masked_fill(~allowed, -torch.inf))
     return x
 
 
-def pack_adjustments(
-    shape: Sequence[int], rows: Sequence[int], requests: Sequence[Asked], device: torch.device
-) -> Packed | None:
-    """All that changes `rows` of logits [R, vocab], on its way to the device; None if they are all, as they are."""
-    packed, vocab = Packed(device), shape[1]
-    if len(rows) < shape[0] or any(row != place for place, row in enumerate(rows)):
-        packed.add("rows", np.array(rows, np.int64))
-    placed = list(enumerate(requests))
-    if biased := [(place, request.params.bias) for place, request in placed if request.params.logit_bias]:
-        packed.add("biased", np.concatenate([bias.ids + place * vocab for place, bias in biased]))
-        packed.add("bias", np.concatenate([bias.values_f32 for _, bias in biased]))
-    if seen := [(place, request) for place, request in placed if request.params.penalizes]:
-        _pack_penalties(packed, vocab, seen)
-    if masks := [(place, request.constraint.mask()) for place, request in placed if request.constraint is not None]:
-        packed.add("masked", np.array([place for place, _ in masks]))
-        packed.add("words", np.stack([words for _, words in masks]).view(np.int32))
-    if packed.empty:
-        return None
-    packed.send()
-    return packed
+def _pack_penalties(
+    packed: Packed, vocab: int, penalized: Sequence[tuple[int, Place]], histories: DeviceHistories
+) -> None:
+    """Which lines of `histories` hold for which row, and by themselves the ids that no line has."""
+    kept, kept_histories, listed = [], [], []
+    for number, place in penalized:
+        history = place.history
+        assert history is not None
+        if not isinstance(history, History):
+            listed.append((number, place, history.ids, history.counts))
+            continue
+        if history.ids.shape[0]:
+            kept.append((number, place))
+            kept_histories.append(history)
+        if place.ahead:
+            ids = sorted(set(place.ahead))
+            counts = [history.count(token) + place.ahead.count(token) for token in ids]
+            listed.append((number, place, np.array(ids, np.int64), np.array(counts, np.float32)))
+    used = [name for name in _PENALTIES if any(getattr(place.params, name) != _OFF[name] for _, place in penalized)]
+    if kept:
+        every = list(dict.fromkeys(kept_histories))
+        begin_of = dict(zip(every, histories.pack(packed, every).tolist(), strict=True))
+        packed.add("kept.begins", np.array([begin_of[history] for history in kept_histories], np.int64))
+        sizes = np.array([history.ids.shape[0] for history in kept_histories], np.int64)
+        packed.add("kept.sizes", sizes)
+        packed.widths["kept"] = int(sizes.max())
+        packed.add("kept.rows", np.array([number for number, _ in kept], np.int64) * vocab)
+        for name in used:
+            packed.add(f"kept.{name}", np.array([[getattr(place.params, name)] for _, place in kept], np.float32))
+    if listed:
+        lengths = [ids.shape[0] for _, _, ids, _ in listed]
+        packed.add("listed.places", np.concatenate([ids + number * vocab for number, _, ids, _ in listed]))
+        packed.add("listed.counts", np.concatenate([counts for *_, counts in listed]))
+        for name in used:
+            each = np.array([getattr(place.params, name) for _, place, *_ in listed], np.float32)
+            packed.add(f"listed.{name}", np.repeat(each, lengths))
 
 
-def _pack_penalties(packed: Packed, vocab: int, seen: Sequence[tuple[int, Asked]]) -> None:
-    histories = [request.history for _, request in seen if request.history is not None]
-    assert len(histories) == len(seen)
-    sizes = [history.ids.shape[0] for history in histories]
-    total = sum(sizes)
+_OFF = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
-    def places(view: Any) -> None:
-        begin = 0
-        for (place, _), history, size in zip(seen, histories, sizes, strict=True):
-            np.add(history.ids, place * vocab, out=view[begin : begin + size])
-            begin += size
 
-    def each(name: str) -> Float32:
-        """A penalty for every id f32 [m]: one call for all is faster than one for each request."""
-        return np.repeat(np.array([getattr(request.params, name) for _, request in seen], np.float32), sizes)
+def _penalize(flat: torch.Tensor, vocab: int, packed: Packed, histories: DeviceHistories) -> None:
+    listed, values = packed.get("listed.places"), None
+    if listed is not None:  # from what lies there before the lines are: these ids count differently at their places
+        values = _penalized(flat.index_select(0, listed), packed["listed.counts"], packed, "listed")
+    if (begins := packed.get("kept.begins")) is not None:
+        histories.update(packed)
+        ids, counts = histories.read(begins, packed["kept.sizes"], packed.widths["kept"])
+        places = (ids + packed["kept.rows"].unsqueeze(1)).view(-1)
+        seen = flat.index_select(0, places).view(ids.shape)
+        # An id that stands in a line twice is written twice, as the same number.
+        flat.index_put_((places,), _penalized(seen, counts, packed, "kept").view(-1))
+    if listed is not None:
+        flat.index_put_((listed,), values)
 
-    packed.fill("seen", np.int64, (total,), places)
-    asked = [request.params for _, request in seen]
-    if any(params.repetition_penalty != 1.0 for params in asked):
-        packed.add("repetition", each("repetition_penalty"))
-    if all(params.frequency_penalty == params.presence_penalty == 0.0 for params in asked):
-        return
-    counts = np.concatenate([history.counts for history in histories])
-    if any(params.frequency_penalty != 0.0 for params in asked):
-        packed.add("frequency", counts * each("frequency_penalty"))
-    if any(params.presence_penalty != 0.0 for params in asked):
-        packed.add("presence", (counts > 0) * each("presence_penalty"))
+
+def _penalized(values: torch.Tensor, counts: torch.Tensor, packed: Packed, group: str) -> torch.Tensor:
+    if (factor := packed.get(f"{group}.repetition_penalty")) is not None:
+        values = torch.where(values > 0, values / factor, values * factor)
+    if (each := packed.get(f"{group}.frequency_penalty")) is not None:
+        values = values - each * counts
+    if (once := packed.get(f"{group}.presence_penalty")) is not None:
+        values = values - once * (counts > 0)
+    return values

@@ -1,110 +1,121 @@
-"""The next token of every request of a step, chosen where the logits are.
+"""What a step's rows of logits give, chosen where the logits are: one copy there, one copy back.
 
 What requests ask for goes to the device in one copy. What comes back depends on their rules: the largest logit's id,
-the few largest logits (rules are applied to these on the host), or an id that was drawn from the whole vocabulary.
+the few largest logits (rules are applied to these on the host), an id that was drawn from the whole vocabulary, and
+what logprobs need; all of it in one copy, which is the only thing that is waited for. A second round is needed only
+where more than the few largest logits can come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
 
 from angelforge.runtime.batch import Int64
-from angelforge.runtime.device import to_host
-from angelforge.runtime.device_adjusting import Packed, adjusted_rows
-from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
-from angelforge.runtime.device_largest import RowRules, candidates_of, draw_each, is_narrow, largest_of
-from angelforge.runtime.sampler import is_argmax
-
-if TYPE_CHECKING:
-    from angelforge.runtime.device_adjusting import Asked
-    from angelforge.runtime.sampler import Drawing
-    from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_history import DeviceHistories
+from angelforge.runtime.device_largest import RowRules, ids_of
+from angelforge.runtime.device_logprobs import told
+from angelforge.runtime.device_round import Options, Round, Scored
+from angelforge.runtime.device_transfer import Packed
+from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
+from angelforge.runtime.sampling import SamplingParams
 
 
-def sample_on_device(logits: torch.Tensor, requests: Sequence[Drawing]) -> Int64:
-    """One token id for each request, int64 [R] on the host, from its row of `logits` f32 [R, vocab] on a device.
+class DeviceSampler:
+    """Chooses tokens on one device for requests that come and go, and keeps there what was seen of them.
 
-    −1 where nothing can come: the row has no finite largest logit. The distribution is that of `sampler.sample` on the
-    host; so are the tokens of requests with a seed and a top-k. A row's result depends on its request alone. Raises
-    AngelForgeError where the device fails in this or earlier work.
+    The distribution is that of `sampler.sample` on the host; so are the tokens of requests with a seed and a top-k. A
+    row's result depends on its request alone.
     """
-    special = [row for row, request in enumerate(requests) if not is_argmax(request)]
-    best = _finite_argmax(logits) if len(special) < len(requests) else None
-    if not special:
-        assert best is not None or not requests
-        return np.empty(0, np.int64) if best is None else np.asarray(to_host(best))
-    asked = [requests[row] for row in special]
-    x = adjusted_rows(logits, special, asked)
-    narrow = [place for place, request in enumerate(asked) if is_narrow(request.params, x.shape[1])]
-    whole = sorted(set(range(len(asked))) - set(narrow))
-    # All work is handed out before the first result is waited for.
-    rules = RowRules.of([asked[place].params for place in narrow], x.shape[1]) if narrow else None
-    table = largest_of(_rows_of(x, narrow), rules) if rules is not None else None
-    drawn = draw_from_all(x, whole, asked) if whole else None
-    ids = np.empty(len(asked), np.int64)
-    if table is not None and rules is not None:
-        found = candidates_of(to_host(table), rules)
-        ids[narrow] = draw_each(found, [asked[place] for place in narrow])
-        if undecided := [place for place, decided in zip(narrow, found.decided, strict=True) if not decided]:
-            ids[undecided] = to_host(draw_from_all(x, undecided, asked))
-    if drawn is not None:
-        ids[whole] = to_host(drawn)
-    if best is None:
-        return ids
-    tokens = np.array(to_host(best))
-    tokens[special] = ids
-    return tokens
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.histories = DeviceHistories(device)
+        self._packed: Packed | None = None  # of the last round, as the next two
+        self._params: list[SamplingParams] = []
+        self._rules: tuple[int, RowRules] | None = None  # and what they are as arrays
+
+    def answer(
+        self,
+        logits: torch.Tensor,
+        draws: Sequence[Place],
+        judged: Sequence[Place] = (),
+        scored: Sequence[Scored] = (),
+    ) -> Answer:
+        """What places give in rows of `logits` f32 [R, vocab]: tokens, options, and logprobs where they ask for any.
+
+        Raises AngelForgeError where the device fails in this or earlier work.
+        """
+        round_ = Round(logits.shape, draws, judged, scored)
+        packed = self.prepare(round_)
+        found = round_.compute(logits, packed, self.histories).fetch()
+        return Answer(round_, found, logits, *round_.settle(found, logits))
+
+    def prepare(self, round_: Round) -> Packed:
+        """Sends what the device has to know for a round."""
+        packed = Packed(self.device, self._packed)
+        round_.pack(packed, self.histories, self._rules_of(round_))
+        packed.send()
+        self._packed = packed
+        return packed
+
+    def _rules_of(self, round_: Round) -> RowRules | None:
+        """The rules of the places whose largest logits are looked at: the same requests often ask again."""
+        params, vocab = [place.params for place in round_.looked], round_.shape[1]
+        if not params:
+            return None
+        known = self._rules
+        if (
+            known is None
+            or known[0] != vocab
+            or len(params) != len(self._params)
+            or not all(map(is_, params, self._params))
+        ):
+            self._params, self._rules = params, (vocab, RowRules.of(params, vocab))
+            known = self._rules
+        return known[1]
 
 
-def draw_from_all(x: torch.Tensor, places: Sequence[int], requests: Sequence[Asked]) -> torch.Tensor:
-    """Ids int64 [n] on the device, drawn from all that the rules keep in the rows `places` of `x`; −1 as above."""
-    asked = [requests[place] for place in places]
-    uniform = np.array([0.0 if request.params.greedy else request.rng.random() for request in asked])
-    packed = Packed(x.device)
-    rules = pack_rules([request.params for request in asked], x.shape[1], packed, uniform)
-    rows = _rows_of(x, places)
-    best = rows.argmax(1, keepdim=True)
-    drawn = draw_rows(kept_weights(rows, best, rules), best, packed["uniform"].unsqueeze(1))
-    chosen = torch.where(rules.temperature > 0, drawn, best)
-    return torch.where(rows.gather(1, best).isfinite(), chosen, -1).squeeze(1)
+class Answer:
+    """What the places of a round gave."""
 
+    def __init__(
+        self, round_: Round, found: dict[str, Any], logits: torch.Tensor, tokens: Int64, options: list[Options]
+    ) -> None:
+        self.tokens = tokens  # int64 [draws]; −1 where nothing can come: the row has no finite largest logit
+        self.options = options  # of the judged
+        self._round, self._found, self._logits = round_, found, logits
+        self._numbers = dict(zip(round_.measured, range(len(round_.measured)), strict=True))
 
-def pack_rules(params: Sequence[SamplingParams], vocab: int, packed: Packed, uniform: np.ndarray) -> Rules:
-    """Sends the rules of n rows, and their numbers `uniform` f64 [n] in [0, 1)."""
-    top_k = np.array([each.top_k if 0 < each.top_k < vocab else vocab for each in params])
-    sampled = np.array([not each.greedy for each in params])
-    top_p, min_p = (np.array([getattr(each, name) for each in params]) for name in ("top_p", "min_p"))
-    limited, nucleus = sampled & (top_k < vocab), sampled & (top_p < 1)
-    packed.add("rules", np.stack([np.array([each.temperature for each in params]), top_k, top_p, min_p]))
-    packed.add("uniform", uniform)
-    packed.send()
-    temperature, k, p, floor = packed["rules"].unsqueeze(2)  # f64 [n, 1] each
-    return Rules(
-        temperature=temperature,
-        top_k=k,
-        top_p=p,
-        min_p=floor,
-        largest_k=int(top_k[limited].max(initial=0)),
-        every_nucleus_sorted=not (nucleus & ~limited).any(),
-        nucleus=bool(nucleus.any()),
-        floor=bool((sampled & (min_p > 0)).any()),
-    )
+    def logprob(self, row: int, token: int, count: int) -> TokenLogprob:
+        """Of a token by a row, with the `count` likeliest; AngelForgeError where a row has no finite logits."""
+        number, round_ = self._numbers.get(row), self._round
+        if number is None or (
+            number >= round_.single and (logit := self._logit(number - round_.single, token)) is None
+        ):
+            return self._by_itself(row, token, count)
+        if number < round_.single:
+            logit = float(self._found["one"][number, 0])
+        assert logit is not None
+        return told(self._found, number, token, logit, count)
 
+    def _logit(self, number: int, token: int) -> float | None:
+        """Of a token at a place whose largest logits were looked at; None where it is not among them."""
+        round_ = self._round
+        assert round_.rules is not None
+        ids = ids_of(self._found["table"][round_.looked_asked[number]][None], round_.rules.width)[0]
+        places = np.flatnonzero(ids == token)
+        return float(self._found["few"][number, places[0]]) if places.shape[0] else None
 
-def _rows_of(x: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """Some rows of `x`; all of them without a copy."""
-    if len(places) == x.shape[0]:
-        return x
-    packed = Packed(x.device)
-    packed.add("places", np.array(places, np.int64))
-    packed.send()
-    return x.index_select(0, packed["places"])
-
-
-def _finite_argmax(logits: torch.Tensor) -> torch.Tensor:
-    best = logits.argmax(1, keepdim=True)  # the first of several largest
-    return torch.where(logits.gather(1, best).isfinite(), best, -1).squeeze(1)
+    def _by_itself(self, row: int, token: int, count: int) -> TokenLogprob:
+        """Of a row that came to the host, or that needed a second round."""
+        round_ = self._round
+        for k, i in enumerate(round_.judged_whole):
+            if round_.judged[i].row == row:
+                return row_logprobs(self._found["whole"][k : k + 1], [token], count)[0]
+        return row_logprobs(self._logits[row : row + 1], [token], count)[0]

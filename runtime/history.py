@@ -39,6 +39,8 @@ class History:
         self._counts: Float32 = np.zeros(self._ids.shape[0], np.float32)
         self._size = self._of_prompt = self._ids.shape[0]
         self._places = {token: place for place, token in enumerate(self._ids.tolist())}
+        self._follower: object = None
+        self._changed: list[int] = []  # places, since the follower was told
         for token in [] if output is None else output.tolist():
             self.add(token)
 
@@ -52,6 +54,22 @@ class History:
         """f32 [n] how often each of `ids` is in the output."""
         return self._counts[: self._size]
 
+    def count(self, token: int) -> int:
+        """How often an id is in the output."""
+        place = self._places.get(token)
+        return 0 if place is None else int(self._counts[place])
+
+    def changes(self, follower: object) -> list[int] | None:
+        """Places of `ids` and `counts` that are not what they were when the same follower asked last.
+
+        None where it has not asked before, or another has since: then all of them. Some may be behind the end.
+        """
+        known, self._changed = self._changed, []
+        if follower is self._follower:
+            return known
+        self._follower = follower
+        return None
+
     def add(self, token: int) -> None:
         """`token` came out."""
         place = self._places.get(token)
@@ -64,6 +82,7 @@ class History:
             self._counts[place] = 0
             self._size += 1
         self._counts[place] += 1
+        self._note(place)
 
     def take_back(self, token: int) -> None:
         """Undoes the last `add`, which was of `token`: what a draft only proposes is added and taken back."""
@@ -72,3 +91,8 @@ class History:
         if place >= self._of_prompt and self._counts[place] == 0:  # then it was new, and is the last
             del self._places[token]
             self._size -= 1
+        self._note(place)
+
+    def _note(self, place: int) -> None:
+        if self._follower is not None:
+            self._changed.append(place)

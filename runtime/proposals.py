@@ -55,7 +55,8 @@ class Proposer:
         logits = self._draft.logits()
         if isinstance(logits, np.ndarray):
             return [choices(self._adjusted(logits[row], *asked[row]), asked[row][0].params) for row in rows]
-        from angelforge.runtime.device_candidates import Place, candidates_on_device  # needs torch
+        from angelforge.runtime.device_adjusting import Place  # they need torch
+        from angelforge.runtime.device_candidates import candidates_on_device
 
         places = []
         for row in rows:

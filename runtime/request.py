@@ -174,6 +174,7 @@ class Request:
             self.outbox.append(Delta(self.index, text, ids, None, logprobs))
             return
         self.finished = True
+        self.history = None  # with what a device keeps of it
         if self._text is not None:
             text += self._text.finish()
         self._pieces.append(text)

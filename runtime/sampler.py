@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,20 +23,39 @@ class Drawing(Protocol):
     constraint: Constraint | None
 
 
-def sample(logits: Any, requests: Sequence[Drawing]) -> Int64:
-    """One token id for each request, int64 [R], from its row of `logits` f32 [R, vocab].
+class Ruled(Protocol):
+    """What decides whether the largest logit is enough."""
 
-    A NumPy array is sampled here, a torch tensor where it lies. −1 where nothing can come: the row has no finite
-    largest logit. A row's result depends on its request alone.
+    @property
+    def params(self) -> SamplingParams:
+        """Its rules."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Its grammar."""
+
+
+def sample(logits: Float32, requests: Sequence[Drawing]) -> Int64:
+    """One token id for each request, int64 [R], from its row of `logits` f32 [R, vocab] on the host.
+
+    −1 where nothing can come: the row has no finite largest logit. A row's result depends on its request alone. On a
+    device `DeviceSampler` does the same.
     """
-    if isinstance(logits, np.ndarray):
-        return _sample_on_host(logits, requests)
-    from angelforge.runtime.device_sampling import sample_on_device  # needs torch
+    ids = np.empty(len(requests), np.int64)
+    for row, request in enumerate(requests):
+        values = logits[row]
+        if request.params.greedy:
+            if not is_argmax(request):
+                values = adjusted(values, request.params, request.history, mask_of(request))
+            best = int(values.argmax())
+            ids[row] = best if np.isfinite(values[best]) else -1
+        else:
+            options = candidates(values, request.params, request.history, mask_of(request))
+            ids[row] = draw_among(*options, request.rng)
+    return ids
 
-    return sample_on_device(logits, requests)
 
-
-def is_argmax(request: Drawing) -> bool:
+def is_argmax(request: Ruled) -> bool:
     """Whether a request always takes the largest of its raw logits."""
     params = request.params
     return params.greedy and not params.penalizes and not params.logit_bias and request.constraint is None
@@ -55,22 +74,8 @@ def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
     return int(ids[np.searchsorted(sums, rng.random() * sums[-1], side="right")])
 
 
-def _sample_on_host(logits: Float32, requests: Sequence[Drawing]) -> Int64:
-    ids = np.empty(len(requests), np.int64)
-    for row, request in enumerate(requests):
-        values = logits[row]
-        if request.params.greedy:
-            if not is_argmax(request):
-                values = adjusted(values, request.params, request.history, mask_of(request))
-            best = int(values.argmax())
-            ids[row] = best if np.isfinite(values[best]) else -1
-        else:
-            ids[row] = _draw(values, request)
-    return ids
-
-
-def _draw(logits: Float32, request: Drawing) -> int:
-    ids, probabilities = candidates(logits, request.params, request.history, mask_of(request))
+def draw_among(ids: Int64, probabilities: Float64, rng: np.random.Generator) -> int:
+    """One of all that can come, `ids` [n] with their probabilities; −1 for none. Without a choice nothing is drawn."""
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
-    return draw(ids, probabilities, request.rng)
+    return draw(ids, probabilities, rng)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from time import perf_counter
 
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.choosing import Draw, choose_tokens
+from angelforge.runtime.choosing import Chooser
 from angelforge.runtime.engines import Engine
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.packing import pack
 from angelforge.runtime.request import Request
-from angelforge.runtime.sampler import sample
 from angelforge.runtime.scheduler import Scheduler
 from angelforge.runtime.speculation import Speculator
 
@@ -22,13 +21,13 @@ class Stepper:
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits, speculator: Speculator | None = None, draw: Draw = sample
+        self, engine: Engine, limits: Limits, speculator: Speculator | None = None, chooser: Chooser | None = None
     ) -> None:
-        """`draw` chooses tokens as `sampler.sample` does; a benchmark measures it by itself."""
+        """`chooser` takes tokens from logits; a benchmark times its parts."""
         self.engine = engine
         self.scheduler = Scheduler(limits, 0 if speculator is None else speculator.most, speculator is not None)
         self.speculator = speculator
-        self._draw = draw
+        self._chooser = chooser or Chooser()
 
     def add(self, request: Request) -> None:
         """Queues a request; raises UsageError if the cache could not hold its longest output even alone."""
@@ -51,7 +50,7 @@ class Stepper:
             wanting = scheduler.advance(step)
             if self.speculator is not None:
                 self.speculator.checking(wanting, seconds)
-            choose_tokens(step, logits, self.speculator, self._draw)
+            self._chooser.choose(step, logits, self.speculator)
             if self.speculator is not None:
                 self.speculator.propose(step)
         except AngelForgeError as error:

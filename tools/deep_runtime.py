@@ -1,5 +1,6 @@
 """Steps of `doctor --deep` about engines at work: the engine that `run` uses, and sampling on the device."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.batch import Batch
+from angelforge.runtime.batch import Batch, Int64
 from angelforge.runtime.constraint import Constraint
 from angelforge.runtime.device import to_host
-from angelforge.runtime.device_sampling import sample_on_device
+from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.distribution import processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
@@ -55,9 +57,10 @@ def step_microseconds(engine: TensorRTEngine, batch: Batch) -> float:
 
 
 def compare_sampling(device: str, rows: int = ROWS) -> str:
-    """Draws on `device` and on the host, and how long a draw of `rows` rows takes.
+    """Draws on `device` and on the host, how long a draw of `rows` rows takes, and how often the host waits in it.
 
-    Raises AngelForgeError if a token is drawn that the host's distribution excludes, or a greedy one differs.
+    Raises AngelForgeError if a token is drawn that the host's distribution excludes, a greedy one differs, or the host
+    waits more than once.
     """
     rng = np.random.default_rng(0)
     logits = (rng.standard_normal((rows, VOCABULARY)) * 4).astype(np.float32)
@@ -66,18 +69,42 @@ def compare_sampling(device: str, rows: int = ROWS) -> str:
     greedy = [Asking(SamplingParams(), History(history)) for _ in range(rows)]
     params = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)  # as its makers recommend
     sampled = [Asking(params, History(history)) for _ in range(rows)]
-    if not np.array_equal(sample_on_device(there, greedy), logits.argmax(1)):
+    sampler = DeviceSampler(torch.device(device))
+    if not np.array_equal(sample(sampler, there, greedy), logits.argmax(1)):
         raise AngelForgeError("greedy tokens differ from the host's")
-    for row, token in enumerate(sample_on_device(there, sampled).tolist()):
+    for row, token in enumerate(sample(sampler, there, sampled).tolist()):
         if token < 0 or processed_distribution(logits[row], params, sampled[row].history)[token] == 0:
             raise AngelForgeError(f"row {row} drew the token {token}, which the rules exclude on the host")
-    plain, ruled = (_microseconds(there, requests) for requests in (greedy, sampled))
-    return f"agrees with the host; {rows} rows: greedy {plain:.0f} µs, top-k, top-p and penalty {ruled:.0f} µs"
+    plain, ruled = (_microseconds(sampler, there, requests) for requests in (greedy, sampled))
+    text = f"agrees with the host; {rows} rows: greedy {plain:.0f} µs, top-k, top-p and penalty {ruled:.0f} µs"
+    if there.device.type != "cuda":
+        return text
+    if (waits := synchronisations(lambda: sample(sampler, there, sampled))) != 1:
+        raise AngelForgeError(f"{text}; but the host waits {waits} times in a step, once was expected")
+    return f"{text}; the host waits once"
 
 
-def _microseconds(logits: torch.Tensor, requests: Sequence[Asking]) -> float:
-    sample_on_device(logits, requests)
+def sample(sampler: DeviceSampler, logits: torch.Tensor, requests: Sequence[Asking]) -> Int64:
+    """A token for each row."""
+    return sampler.answer(logits, [Place.of(row, request) for row, request in enumerate(requests)]).tokens
+
+
+def synchronisations(work: Callable[[], object]) -> int:
+    """How often `work` makes the host wait for the GPU, as torch tells it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in told)
+
+
+def _microseconds(sampler: DeviceSampler, logits: torch.Tensor, requests: Sequence[Asking]) -> float:
+    sample(sampler, logits, requests)
     begin = perf_counter()
     for _ in range(_REPEATS):
-        sample_on_device(logits, requests)
+        sample(sampler, logits, requests)
     return (perf_counter() - begin) / _REPEATS * 1e6

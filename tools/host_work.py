@@ -1,4 +1,4 @@
-"""A step without a model: the real stepper, tokenizer, buckets and staging around an engine that computes nothing."""
+"""A step without a model: the real stepper, tokenizer, sampler and TensorRT runner around an engine that is empty."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,10 +17,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from angelforge.config import ModelConfig
 from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.exporter.synthetic_config import FULL_CONFIG
-from angelforge.runtime.batch import Batch, Float32, Int64
+from angelforge.runtime.batch import INPUTS, Batch, Float32, Int64
+from angelforge.runtime.choosing import Chooser
 from angelforge.runtime.device import open_device
-from angelforge.runtime.device_adjusting import pack_adjustments
-from angelforge.runtime.device_largest import RowRules, candidates_of, draw_each, largest_of
+from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_round import Round, Scored
+from angelforge.runtime.device_sampling import Answer, DeviceSampler
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.packing import Padding
@@ -28,10 +31,12 @@ from angelforge.runtime.sampler import sample
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.runtime.stepper import Stepper
 from angelforge.runtime.tensorrt_buckets import Buckets
-from angelforge.runtime.tensorrt_inputs import InputArena, InputLayout, layout_of
+from angelforge.runtime.tensorrt_runner import Fixed, Runner
+from angelforge.runtime.tensorrt_session import TensorrtSession
 from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.tools.no_tensorrt import empty_library
 
-VOCAB, PAGE_SIZE, CONTEXT = 157_184, 64, 131_072
+VOCAB, PAGE_SIZE, CONTEXT, BOUND = 157_184, 64, 131_072, 614
 
 
 @dataclass
@@ -39,69 +44,105 @@ class Timed:
     """µs of each measured step."""
 
     steps: list[float] = field(default_factory=list)  # whole, without the arithmetic of sampling
-    binds: list[float] = field(default_factory=list)
+    launches: list[float] = field(default_factory=list)  # of it: size, padding, copy, launch of the captured step
     draws: list[float] = field(default_factory=list)
+    bound: float = 0.0  # for binding the engine's tensors to one captured size, once
 
 
 class NoEngine:
-    """Binds a step as a TensorRT engine does and answers with logits that lie in memory already.
+    """Runs a step as a TensorRT engine does and answers with logits that lie in memory already.
 
-    A TensorRT engine's 614 tensors are bound when it is loaded; a captured step takes the eight bookkeeping inputs from
-    where it was captured with them, so that a step writes those, in one copy, and binds nothing.
+    The runner is the real one, on a GPU if there is one: it binds 614 tensors when it captures a size, and a step
+    writes the bookkeeping inputs, in one copy, and launches what was captured.
     """
 
-    def __init__(self, batch: int, num_pages: int) -> None:
+    def __init__(self, batch: int, num_pages: int, on_host: bool) -> None:
         self.config = ModelConfig.from_dict(FULL_CONFIG)
         self.page_size, self.num_pages, self.max_context = PAGE_SIZE, num_pages, CONTEXT
+        device = open_device("cpu" if on_host or not torch.cuda.is_available() else "cuda:0")
         limits = StepLimits(max(1024, batch), batch, CONTEXT, PAGE_SIZE, num_pages)
-        self._buckets = Buckets(make_profiles(limits), batch, 0)
-        self._device = open_device("cpu")
-        self._stream = self._device.stream()
-        largest = Padding(limits.max_tokens, batch, limits.pages_per_sequence, batch)
-        self._arena = InputArena(self._device, InputLayout(largest).nbytes)
-        for bucket in self._buckets.captured:
-            self._arena.keep(layout_of(bucket.size))
-        self.logits: Float32 = np.random.default_rng(0).standard_normal((batch, VOCAB), np.float32) * 3
+        buckets = Buckets(make_profiles(limits), batch, 0)
+        names = [*INPUTS, *(f"tensor.{number}" for number in range(BOUND - len(INPUTS)))]
+        fixed = Fixed(
+            addresses={name: 256 * number for number, name in enumerate(names, 1)},
+            shapes={},
+            activations=device.allocate(256),
+            page_size=PAGE_SIZE,
+            largest=Padding(limits.max_tokens, batch, limits.pages_per_sequence, batch),
+        )
+        session = TensorrtSession(empty_library(names, device.torch), b"")
+        self._runner = Runner(session, device, device.stream(), buckets, fixed)
+        begin = perf_counter()
+        self._runner.capture()
+        self.bound = (perf_counter() - begin) / len(buckets.captured)
+        logits: Float32 = np.random.default_rng(0).standard_normal((batch, VOCAB), np.float32) * 3
+        self.logits: Any = logits if on_host else torch.from_numpy(logits).to(device.torch)
         self.seconds = 0.0
 
-    def forward(self, batch: Batch) -> Float32:
+    def forward(self, batch: Batch) -> Any:
         begin = perf_counter()
-        bucket, _ = self._buckets.choose(batch)
-        self._arena.send(layout_of(bucket.size), batch, None, PAGE_SIZE, self._stream)
+        self._runner.run(batch)
         self.seconds = perf_counter() - begin
         return self.logits[: batch.logit_indices.shape[0]]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Gives the runner back."""
+        self._runner.close()
 
 
-class Drawn:
-    """Samples in NumPy, or does what the host has to where a device samples, and answers with ids drawn before.
+class HostDraw:
+    """Samples in NumPy."""
 
-    That is: packing of what changes the logits, and the rules on the few largest logits that come back.
-    """
-
-    def __init__(self, on_host: bool) -> None:
-        self._on_host, self._cpu = on_host, torch.device("cpu")
-        self._ids = np.random.default_rng(1).integers(256, VOCAB - 1, 4096)
-        self._next = 0
-        self._tables: dict[int, Float32] = {}  # what a device gives back, by the number of rows
+    def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self, logits: Float32, requests: Sequence[Request]) -> Int64:
-        count, params = len(requests), [request.params for request in requests]
-        if not self._on_host and count not in self._tables:
-            self._tables[count] = largest_of(torch.from_numpy(logits), RowRules.of(params, VOCAB)).numpy()
         begin = perf_counter()
-        if self._on_host:
-            ids = sample(logits, requests)
-        else:
-            pack_adjustments(logits.shape, range(count), requests, self._cpu)
-            draw_each(candidates_of(self._tables[count], RowRules.of(params, VOCAB)), requests)
-            self._next = (self._next + count) % 4000
-            ids = self._ids[self._next : self._next + count]
+        ids = sample(logits, requests)
         self.seconds = perf_counter() - begin
         return ids
+
+
+class DeviceDraw(DeviceSampler):
+    """Samples on a device; where there is none, it does what the host has to do for one.
+
+    That is: packing of what the device is told, and the rules on the few largest logits that come back. What the device
+    would compute is computed once, and not counted. The ids are others in each step, as they are in a text.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._ids = np.random.default_rng(1).integers(256, VOCAB - 1, 4096)
+        self._next = 0
+        self._found: dict[int, dict[str, Any]] = {}  # what a device gives back, by the number of rows
+        self.seconds = 0.0  # of the last round
+        self.left_out = 0.0  # of it what a device would do
+
+    def answer(
+        self,
+        logits: torch.Tensor,
+        draws: Sequence[Place],
+        judged: Sequence[Place] = (),
+        scored: Sequence[Scored] = (),
+    ) -> Answer:
+        """As the sampler's."""
+        begin = perf_counter()
+        round_ = Round(logits.shape, draws, judged, scored)
+        packed = self.prepare(round_)
+        handed_out = perf_counter()
+        self.left_out = 0.0
+        if self.device.type == "cuda":
+            found = round_.compute(logits, packed, self.histories).fetch()
+        else:
+            if len(draws) not in self._found:
+                self._found[len(draws)] = round_.compute(logits, packed, self.histories).fetch()
+            found = {name: array.copy() for name, array in self._found[len(draws)].items()}
+            self.left_out = perf_counter() - handed_out
+        made = Answer(round_, found, logits, *round_.settle(found, logits))
+        self._next = (self._next + len(draws)) % 4000
+        made.tokens = self._ids[self._next : self._next + len(draws)]
+        self.seconds = perf_counter() - begin - self.left_out
+        return made
 
 
 def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
@@ -109,9 +150,28 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     torch.set_num_threads(1)  # the copy that stands for the one to a device is not worth two
     limit = 2 * batch * (prompt // 512 + 1) + steps + 50  # tokens: the first decode while the last are computed
     pages = max(batch * (-(-(prompt + limit) // PAGE_SIZE) + 1), CONTEXT // PAGE_SIZE) + 1
-    engine, draw = NoEngine(batch, pages), Drawn(on_host)
+    engine = NoEngine(batch, pages, on_host)
+    here, there = HostDraw(), DeviceDraw(torch.device("cpu") if on_host else engine.logits.device)
     llm = LLM.from_engine(engine, synthetic_tokenizer(), max_batch=batch)
-    stepper = Stepper(engine, Limits(PAGE_SIZE, pages, CONTEXT, batch, max(1024, batch)), None, draw)
+    limits = Limits(PAGE_SIZE, pages, CONTEXT, batch, max(1024, batch))
+    stepper = Stepper(engine, limits, None, Chooser(here, there))
+    _start(llm, stepper, batch, prompt, limit)
+    found = Timed(bound=1e6 * engine.bound)
+    outbox: deque[Delta] = next(iter(stepper.scheduler.running)).outbox
+    for _ in range(steps):
+        outbox.clear()
+        begin = perf_counter()
+        stepper.step()
+        seconds = perf_counter() - begin
+        found.steps.append(1e6 * (seconds - (here.seconds if on_host else there.left_out)))
+        found.launches.append(1e6 * engine.seconds)
+        found.draws.append(1e6 * (here.seconds if on_host else there.seconds))
+    engine.close()
+    return found
+
+
+def _start(llm: LLM, stepper: Stepper, batch: int, prompt: int, limit: int) -> None:
+    """Requests that ask for everything, until all of them decode."""
     rng = np.random.default_rng(2)
     outbox: deque[Delta] = deque()
     for index in range(batch):
@@ -134,16 +194,6 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     for _ in range(20):
         stepper.step()
     assert len(stepper.scheduler.running) == batch
-    found = Timed()
-    for _ in range(steps):
-        outbox.clear()
-        begin = perf_counter()
-        stepper.step()
-        seconds = perf_counter() - begin
-        found.steps.append(1e6 * (seconds - draw.seconds if on_host else seconds))
-        found.binds.append(1e6 * engine.seconds)
-        found.draws.append(1e6 * draw.seconds)
-    return found
 
 
 @cache

@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.runtime import device_distribution, device_largest
-from angelforge.runtime.device_adjusting import Packed, adjusted_rows
-from angelforge.runtime.device_candidates import candidates_on_device, places_of
+from angelforge.runtime.device_adjusting import Place, adjusted_rows, pack_adjustments, places_of
+from angelforge.runtime.device_candidates import candidates_on_device
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
+from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_largest import RowRules, candidates_of, is_narrow, largest_of
-from angelforge.runtime.device_sampling import pack_rules, sample_on_device
+from angelforge.runtime.device_round import pack_rules, rules_of
+from angelforge.runtime.device_sampling import DeviceSampler
+from angelforge.runtime.device_transfer import Packed
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.proposals import Proposer
@@ -62,10 +65,27 @@ def there(logits: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(logits).to(DEVICE)
 
 
+def places(requests: list[Asking]) -> list[Place]:
+    return [Place.of(row, request) for row, request in enumerate(requests)]
+
+
+def sample_on_device(logits: torch.Tensor, requests: list[Asking]) -> np.ndarray:
+    return DeviceSampler(logits.device).answer(logits, places(requests)).tokens
+
+
+def adjusted_on_device(logits: torch.Tensor, chosen: list[Place]) -> torch.Tensor:
+    packed, histories = Packed(logits.device), DeviceHistories(logits.device)
+    pack_adjustments(packed, logits.shape, chosen, histories)
+    packed.send()
+    return adjusted_rows(logits, packed, histories)
+
+
 def on_device(logits: np.ndarray, requests: list[Asking]) -> tuple[np.ndarray, np.ndarray]:
     """Adjusted logits and probabilities of all rows, from the whole vocabulary."""
-    x = adjusted_rows(there(logits), range(len(requests)), requests)
-    rules = pack_rules([request.params for request in requests], x.shape[1], Packed(x.device), np.zeros(len(requests)))
+    x, packed = adjusted_on_device(there(logits), places(requests)), Packed(torch.device(DEVICE))
+    pack_rules(packed, places(requests), x.shape[1])
+    packed.send()
+    rules = rules_of(packed, [request.params for request in requests], x.shape[1])
     weights = kept_weights(x, x.argmax(1, keepdim=True), rules).double()
     return x.cpu().numpy(), (weights / weights.sum(1, keepdim=True)).cpu().numpy()
 
@@ -75,10 +95,9 @@ def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.nda
     narrow = [row for row, request in enumerate(requests) if is_narrow(request.params, logits.shape[1])]
     if not narrow:
         return {}
-    chosen = [requests[row] for row in narrow]
-    x = adjusted_rows(there(logits), narrow, chosen)
-    rules = RowRules.of([request.params for request in chosen], x.shape[1])
-    found = candidates_of(largest_of(x, rules).cpu().numpy(), rules)
+    x = adjusted_on_device(there(logits), [Place.of(row, requests[row]) for row in narrow])
+    rules = RowRules.of([requests[row].params for row in narrow], x.shape[1])
+    found = candidates_of(largest_of(x, rules, there(rules.divisors)).cpu().numpy(), rules)
     dense = np.zeros((len(narrow), logits.shape[1]))
     for row, ids, weights in zip(dense, found.ids, found.weights, strict=True):
         row[ids] = weights / weights.sum()

@@ -3,6 +3,7 @@
 from collections import Counter, deque
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from angelforge.runtime.limits import Limits
@@ -84,11 +85,14 @@ def alone(prompt, params, constrained=False):
 
 
 class Serving:
-    """A stepper over tiny engines, watched."""
+    """A stepper over tiny engines, watched; with `device` the logits are torch tensors."""
 
-    def __init__(self, limits, draft="noisy", vocabulary=None, depth=0):
+    def __init__(self, limits, draft="noisy", vocabulary=None, depth=0, device=False):
         self.limits = limits
         self.engine = PagedEngine(limits.page_size, limits.num_pages, CONTEXT, VOCAB)
+        if device:
+            forward = self.engine.forward
+            self.engine.forward = lambda batch: torch.from_numpy(forward(batch))
         self.speculator = None
         if depth != 0:
             self.draft = StubDraft(self.engine, DRAFTS[draft](self.engine), vocabulary)
@@ -111,10 +115,17 @@ class Serving:
         self.check()
         return worked
 
+    @property
+    def lines(self):
+        """Of histories that are kept on a device."""
+        sampler = self.stepper._chooser._sampler
+        return 0 if sampler is None else sampler.histories.lines
+
     def check(self):
         self._check_pages()
         self._check_order()
         self._check_contents()
+        assert self.lines <= sum(request.history is not None for request in self.requests)
         for request in self.requests:
             assert request.finished or (request in self.scheduler.running) != (request in self.scheduler.waiting)
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from angelforge.tools.cli import main
@@ -17,9 +18,9 @@ def test_each_batch_is_told() -> None:
     rows = json.loads(result.stdout)
     assert [(row["batch"], row["goal"]) for row in rows] == [(1, 200.0), (3, None)]
     for row in rows:
-        assert 0 < row["bind"] + row["ask"] < row["host"] <= row["slow"]
+        assert 0 < row["launch"] + row["ask"] < row["host"] <= row["slow"]
         assert row["least"] <= row["host"]
-        assert row["numpy"] > 0
+        assert min(row["numpy"], row["bound"]) > 0
     result = CliRunner().invoke(main, arguments)
     assert "NumPy sampling" in result.stdout
 
@@ -38,6 +39,9 @@ def test_batches_that_make_no_sense_are_refused(value: str) -> None:
 
 
 def test_logits_lie_in_memory_already() -> None:
-    engine = NoEngine(2, 4096)
-    assert engine.logits.shape == (2, VOCAB)
-    assert engine.logits.dtype == np.float32
+    for on_host, kind in ((True, np.ndarray), (False, torch.Tensor)):
+        engine = NoEngine(2, 4096, on_host)
+        assert isinstance(engine.logits, kind)
+        assert engine.logits.shape == (2, VOCAB)
+        assert engine.bound > 0
+        engine.close()

@@ -23,14 +23,14 @@ def test_sampling_agrees_with_the_host() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda logits, requests: np.zeros(3, np.int64), "greedy tokens differ"),
+        (lambda sampler, logits, requests: np.zeros(3, np.int64), "greedy tokens differ"),
         (
-            lambda logits, requests: logits.argmax(1).numpy() if requests[0].params.greedy else np.full(3, 7),
+            lambda sampler, logits, requests: logits.argmax(1).numpy() if requests[0].params.greedy else np.full(3, 7),
             "row 0 drew the token 7, which the rules exclude",
         ),
     ],
 )
 def test_wrong_tokens_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: object, said: str) -> None:
-    monkeypatch.setattr(deep_runtime, "sample_on_device", wrong)
+    monkeypatch.setattr(deep_runtime, "sample", wrong)
     with pytest.raises(AngelForgeError, match=said):
         deep_runtime.compare_sampling("cpu", 3)

@@ -1,0 +1,109 @@
+"""What was seen of each request, kept on a device: a step sends what is new there and not what was there before.
+
+A table has a line for each history: ids, and how often each is in the output, in the order of `History.ids`. A line is
+given back when its history goes, which is when its request ends, however it ends; a request that is set back keeps it.
+Memory: 8 bytes × (a power of two from the longest history on) × (a power of two from their number on), so 8 MB for 32
+prompts of 30,000 different ids.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from angelforge.runtime.batch import Int64
+from angelforge.runtime.device_transfer import Packed
+from angelforge.runtime.history import History
+
+_LEAST_LINES, _LEAST_ROOM = 8, 1024
+
+
+class DeviceHistories:
+    """The histories that a sampler has met and that still exist."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._table: torch.Tensor | None = None  # int32 [lines, room, 2]: id, count
+        self._columns = torch.arange(0, device=device)  # int64 [room]
+        self._lines: weakref.WeakKeyDictionary[History, int] = weakref.WeakKeyDictionary()
+        self._free: deque[int] = deque()  # lines given back: from any thread, so by `append` alone
+        self._used = 0  # lines that were ever given out
+
+    @property
+    def lines(self) -> int:
+        """How many histories have a line."""
+        return len(self._lines)
+
+    def pack(self, packed: Packed, histories: Sequence[History]) -> Int64:
+        """Adds to `packed` what the device does not know of these histories, each once.
+
+        Returns where each begins, int64 [n].
+        """
+        if not self._lines:  # whatever was large has gone
+            self._table, self._used, self._free = None, 0, deque()
+        places: list[Int64] = []
+        entries = []
+        lines = np.array([self._line_of(history) for history in histories], np.int64)
+        self._make_room(max(history.ids.shape[0] for history in histories))
+        assert self._table is not None
+        room = self._table.shape[1]
+        begins = lines * room
+        for begin, history in zip(begins.tolist(), histories, strict=True):
+            known, changed = history.ids, history.changes(self)
+            if changed is None:
+                chosen = np.arange(known.shape[0])
+            else:
+                chosen = np.array([place for place in set(changed) if place < known.shape[0]], np.int64)
+            if chosen.shape[0]:
+                places.append(chosen + begin)
+                entries.append(np.stack((known[chosen], history.counts[chosen]), 1).astype(np.int32))
+        if places:
+            packed.add("history.places", np.concatenate(places))
+            packed.add("history.entries", np.concatenate(entries))
+        return begins
+
+    def update(self, packed: Packed) -> None:
+        """Writes what `pack` has sent."""
+        if (places := packed.get("history.places")) is not None:
+            assert self._table is not None
+            self._table.view(-1, 2).index_copy_(0, places, packed["history.entries"])
+
+    def read(self, begins: torch.Tensor, sizes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and counts int32 [n, width] of histories that begin at `begins` int64 [n] and have `sizes` int64 [n] ≥ 1.
+
+        What lies behind a history's end repeats it from its begin.
+        """
+        assert self._table is not None
+        places = self._columns[:width] % sizes.unsqueeze(1) + begins.unsqueeze(1)
+        entries = self._table.view(-1, 2).index_select(0, places.view(-1)).view(*places.shape, 2)
+        return entries[:, :, 0], entries[:, :, 1]
+
+    def _line_of(self, history: History) -> int:
+        line = self._lines.get(history)
+        if line is None:
+            if self._free:
+                line = self._free.popleft()
+            else:
+                line, self._used = self._used, self._used + 1
+            self._lines[history] = line
+            weakref.finalize(history, self._free.append, line).atexit = False
+        return line
+
+    def _make_room(self, size: int) -> None:
+        """Makes the table large enough for all lines and for `size` ids in one; what it holds stays."""
+        lines, room = (0, 0) if self._table is None else self._table.shape[:2]
+        if self._used <= lines and size <= room:
+            return
+        wanted = (_power_of_two(max(self._used, lines, _LEAST_LINES)), _power_of_two(max(size, room, _LEAST_ROOM)))
+        larger = torch.empty((*wanted, 2), dtype=torch.int32, device=self._device)
+        if self._table is not None:
+            larger[:lines, :room] = self._table
+        self._table, self._columns = larger, torch.arange(wanted[1], device=self._device)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

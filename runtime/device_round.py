@@ -1,0 +1,245 @@
+"""One round of choosing on a device: what goes there, what is computed, what is made of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from angelforge.runtime.batch import Int64
+from angelforge.runtime.device_adjusting import Place, adjusted_rows, pack_adjustments
+from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
+from angelforge.runtime.device_history import DeviceHistories
+from angelforge.runtime.device_largest import (
+    Candidates,
+    RowRules,
+    candidates_of,
+    draw_each,
+    ids_of,
+    is_narrow,
+    largest_of,
+)
+from angelforge.runtime.device_logprobs import measure, pack_rows
+from angelforge.runtime.device_transfer import Packed, Parcel
+from angelforge.runtime.distribution import Float64, candidates
+from angelforge.runtime.sampler import is_argmax
+from angelforge.runtime.sampling import SamplingParams
+
+Options = tuple[Int64, Float64]  # ids that can come, and their probabilities
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row whose token is known already, a prompt's."""
+
+    row: int
+    token: int
+    count: int  # of the likeliest tokens that are told beside it
+
+
+class Round:
+    """Rows of one step's logits sorted by what has to be done for them.
+
+    `draws` are places that give a token, `judged` those where proposals are checked, so that all that can come there is
+    asked for, `scored` those of prompts. Each row has one place.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], draws: Sequence[Place], judged: Sequence[Place], scored: Sequence[Scored]
+    ) -> None:
+        """Of logits [R, vocab]."""
+        self.shape, self.draws, self.judged, self.scored = shape, draws, judged, scored
+        vocab = shape[1]
+        self.best: list[int] = []  # of the draws, as the next two
+        self.narrow: list[int] = []
+        self.whole: list[int] = []
+        for i, place in enumerate(draws):
+            if is_argmax(place):
+                self.best.append(i)
+            else:
+                (self.narrow if is_narrow(place.params, vocab) else self.whole).append(i)
+        self.judged_narrow = [i for i, place in enumerate(judged) if is_narrow(place.params, vocab)]
+        self.judged_whole = [i for i, place in enumerate(judged) if not is_narrow(place.params, vocab)]
+        #: Places whose largest logits come to the host; those that are drawn from first.
+        self.looked = [*(draws[i] for i in self.narrow), *(judged[i] for i in self.judged_narrow)]
+        self.drawn = [draws[i] for i in self.whole]
+        self.rules: RowRules | None = None
+        # Rows with one token each come first among those that are measured for logprobs.
+        self.best_asked = _asking(draws[i] for i in self.best)
+        self.whole_asked = _asking(self.drawn)
+        self.looked_asked = _asking(self.looked)
+        self.measured = [draws[self.best[k]].row for k in self.best_asked]
+        self.measured += [self.drawn[k].row for k in self.whole_asked]
+        self.measured += [each.row for each in scored]
+        self.single = len(self.measured)
+        self.measured += [self.looked[k].row for k in self.looked_asked]
+        self._as_it_is = True
+        self._x: torch.Tensor | None = None
+
+    def pack(self, packed: Packed, histories: DeviceHistories, rules: RowRules | None) -> None:
+        """Adds all that the device has to know; `rules` are those of `looked`."""
+        rows, vocab = self.shape
+        self.rules = rules
+        if 0 < len(self.best) < rows:
+            packed.add("best.rows", np.array([self.draws[i].row for i in self.best], np.int64))
+        if self.looked or self.drawn:
+            self._as_it_is = not pack_adjustments(packed, self.shape, [*self.looked, *self.drawn], histories)
+        if rules is not None and rules.any_wide:
+            packed.add("divisors", rules.divisors)
+        if self.drawn:
+            pack_rules(packed, self.drawn, vocab)
+        if self.judged_whole:
+            packed.add("whole.rows", np.array([self.judged[i].row for i in self.judged_whole], np.int64))
+        if self.measured:
+            pack_rows(packed, self.measured)
+            packed.add("scored.tokens", np.array([each.token for each in self.scored], np.int64))
+            for name, asked, every in (
+                ("best.asked", self.best_asked, self.best),
+                ("whole.asked", self.whole_asked, self.drawn),
+                ("looked.asked", self.looked_asked, self.looked),
+            ):
+                if 0 < len(asked) < len(every):
+                    packed.add(name, np.array(asked, np.int64))
+
+    def compute(self, logits: torch.Tensor, packed: Packed, histories: DeviceHistories) -> Parcel:
+        """Hands out all work; nothing is waited for."""
+        parcel = Parcel()
+        best = table = drawn = None
+        if self.best:
+            peak, best = _selected(logits, packed, "best.rows").max(1)  # the first of several largest
+            parcel.add("best.peak", peak)
+            parcel.add("best", best)
+        if self.looked or self.drawn:
+            self._x = x = logits if self._as_it_is else adjusted_rows(logits, packed, histories)
+            if self.rules is not None:
+                table = largest_of(x[: len(self.looked)], self.rules, packed.get("divisors"))
+                parcel.add("table", table)
+            if self.drawn:
+                drawn = draw_from_all(x[len(self.looked) :], packed, self.drawn)
+                parcel.add("drawn", drawn)
+        if self.judged_whole:
+            parcel.add("whole", _selected(logits, packed, "whole.rows"))
+        if self.measured:
+            one = [packed["scored.tokens"]]
+            if drawn is not None and self.whole_asked:
+                one.insert(0, _selected(drawn, packed, "whole.asked"))
+            if best is not None and self.best_asked:
+                one.insert(0, _selected(best, packed, "best.asked"))
+            few = None
+            if table is not None and self.rules is not None and self.looked_asked:
+                few = _selected(ids_of(table, self.rules.width), packed, "looked.asked").long()
+            measure(logits, packed, parcel, self._likeliest(), torch.cat(one), few)
+        return parcel
+
+    def settle(self, found: dict[str, Any], logits: torch.Tensor) -> tuple[Int64, list[Options]]:
+        """Tokens int64 [draws] and the options of the judged, from what the parcel brought.
+
+        `logits` must still be there: rows that the largest logits do not decide are asked for in a second round.
+        """
+        tokens = np.empty(len(self.draws), np.int64)
+        options: dict[int, Options] = {}
+        if self.best:
+            tokens[self.best] = np.where(np.isfinite(found["best.peak"]), found["best"], -1)
+        if self.drawn:
+            tokens[self.whole] = found["drawn"]
+        if self.rules is not None:
+            seen, few = candidates_of(found["table"], self.rules), len(self.narrow)
+            if few:
+                mine = seen if few == len(self.looked) else seen.first(few)
+                tokens[self.narrow] = draw_each(mine, self.looked[:few])
+                if not mine.decided.all():
+                    undecided = np.flatnonzero(~mine.decided).tolist()
+                    tokens[[self.narrow[k] for k in undecided]] = self._draw_again(undecided)
+            for k, i in enumerate(self.judged_narrow, few):
+                if seen.decided[k]:
+                    options[i] = _options(seen, k)
+        for k, i in enumerate(self.judged_whole):
+            options[i] = candidates(found["whole"][k], self.judged[i].params, self.judged[i].seen())
+        if open_ := [i for i in range(len(self.judged)) if i not in options]:
+            options |= self._look_again(open_, logits)
+        return tokens, [options[i] for i in range(len(self.judged))]
+
+    def _likeliest(self) -> int:
+        asked = [*(each.count for each in self.scored), *(place.logprobs or 0 for place in (*self.draws, *self.judged))]
+        return max(asked)
+
+    def _draw_again(self, undecided: Sequence[int]) -> Int64:
+        """From the whole vocabulary, where more than the largest logits can come."""
+        assert self._x is not None
+        packed, parcel = Packed(self._x.device), Parcel()
+        places = [self.looked[k] for k in undecided]
+        packed.add("again", np.array(undecided, np.int64))
+        pack_rules(packed, places, self.shape[1])
+        packed.send()
+        parcel.add("drawn", draw_from_all(self._x.index_select(0, packed["again"]), packed, places))
+        drawn: Int64 = parcel.fetch()["drawn"]
+        return drawn
+
+    def _look_again(self, judged: Sequence[int], logits: torch.Tensor) -> dict[int, Options]:
+        """The whole rows come to the host."""
+        packed, parcel = Packed(logits.device), Parcel()
+        packed.add("again", np.array([self.judged[i].row for i in judged], np.int64))
+        packed.send()
+        parcel.add("rows", logits.index_select(0, packed["again"]))
+        rows = parcel.fetch()["rows"]
+        return {
+            i: candidates(row, self.judged[i].params, self.judged[i].seen())
+            for i, row in zip(judged, rows, strict=True)
+        }
+
+
+def pack_rules(packed: Packed, places: Sequence[Place], vocab: int) -> None:
+    """Adds the rules of places that are drawn from the whole vocabulary, and a number of each one's generator."""
+    params = [place.params for place in places]
+    top_k = [each.top_k if 0 < each.top_k < vocab else vocab for each in params]
+    columns = [[each.temperature for each in params], top_k]
+    columns += [[each.top_p for each in params], [each.min_p for each in params]]
+    packed.add("rules", np.array(columns, np.float64))
+    packed.add("uniform", np.array([0.0 if place.params.greedy else place.rng.random() for place in places]))
+
+
+def rules_of(packed: Packed, params: Sequence[SamplingParams], vocab: int) -> Rules:
+    """What `pack_rules` has sent."""
+    temperature, k, p, floor = packed["rules"].unsqueeze(2)  # f64 [n, 1] each
+    sampled = [each for each in params if not each.greedy]
+    limited = [each.top_k for each in sampled if 0 < each.top_k < vocab]
+    return Rules(
+        temperature=temperature,
+        top_k=k,
+        top_p=p,
+        min_p=floor,
+        largest_k=max(limited, default=0),
+        every_nucleus_sorted=all(0 < each.top_k < vocab for each in sampled if each.top_p < 1),
+        nucleus=any(each.top_p < 1 for each in sampled),
+        floor=any(each.min_p > 0 for each in sampled),
+    )
+
+
+def draw_from_all(x: torch.Tensor, packed: Packed, places: Sequence[Place]) -> torch.Tensor:
+    """Ids int64 [n] on the device, drawn from all that the rules keep in the rows of `x` f32 [n, vocab]; −1: none."""
+    rules = rules_of(packed, [place.params for place in places], x.shape[1])
+    best = x.argmax(1, keepdim=True)
+    drawn = draw_rows(kept_weights(x, best, rules), best, packed["uniform"].unsqueeze(1))
+    chosen = torch.where(rules.temperature > 0, drawn, best)
+    return chosen.masked_fill(~(x.gather(1, best).abs() < torch.inf), -1).squeeze(1)
+
+
+def _asking(places: Iterable[Place]) -> list[int]:
+    """Which of the places ask for logprobs."""
+    return [k for k, place in enumerate(places) if place.logprobs is not None]
+
+
+def _options(seen: Candidates, k: int) -> Options:
+    if seen.count[k] == 0:
+        return np.empty(0, np.int64), np.empty(0, np.float64)
+    weights, kept = seen.weights[k], seen.weights[k] > 0
+    return seen.ids[k][kept], weights[kept] / weights[kept].sum()
+
+
+def _selected(tensor: torch.Tensor, packed: Packed, name: str) -> torch.Tensor:
+    """Some rows; all of them, without a copy, where none were named."""
+    rows = packed.get(name)
+    return tensor if rows is None else tensor.index_select(0, rows)

@@ -1,0 +1,187 @@
+"""A step's choices on a device: one copy there, one copy back, and nothing else that a host would wait for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.far_device import FAR, Watch, far, watched
+from support.paged_engine import PagedEngine
+from support.stub_draft import StubDraft, noisy
+
+from angelforge import LLM, SamplingParams
+from angelforge.runtime import device_history
+from angelforge.runtime.device_history import DeviceHistories
+from angelforge.runtime.device_transfer import Packed, Parcel
+from angelforge.runtime.history import History
+
+VOCAB = 37
+ALL = {
+    "temperature": 0.8,
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.3,
+    "presence_penalty": 0.2,
+    "logit_bias": {3: 1.5},
+    "min_p": 0.01,
+    "top_p": 0.95,
+    "seed": 3,
+}
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "greedy": [{}, {}, {}],
+    "greedy with logprobs": [{"logprobs": 2}, {}, {"logprobs": 0}],
+    "all rules": [ALL | {"top_k": 5}] * 3,
+    "all rules with logprobs": [ALL | {"top_k": 5, "logprobs": 3}, ALL | {"top_k": 4}, {"repetition_penalty": 1.3}],
+    "the whole vocabulary": [{"temperature": 1.0, "seed": 1}, {"temperature": 0.7, "seed": 2, "logprobs": 1}],
+    "top-p alone": [{"temperature": 1.0, "seed": 1, "top_p": 0.9}],
+    "prompts": [{"prompt_logprobs": 2}, {"prompt_logprobs": 0, "logprobs": 4}, {}],
+    "a mixture": [{}, ALL | {"top_k": 5}, {"temperature": 1.0, "seed": 1, "logprobs": 1}, {"prompt_logprobs": 1}],
+}
+PROMPTS = [[5, 6, 7], [8], [9] * 5, [1, 2]]
+
+
+def load(depth: int, where: Any) -> tuple[LLM, PagedEngine]:
+    engine = PagedEngine(4, 64, 64, VOCAB)
+    draft = StubDraft(engine, noisy(engine))
+    forward = engine.forward
+    engine.forward = lambda batch: where(forward(batch))
+    return LLM.from_engine(engine, draft=draft, speculate=depth), engine
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_fetches_once_and_waits_for_nothing_else(kind: str, depth: int) -> None:
+    """With a draft's proposals to verify and without; the outputs are those of logits on the host."""
+    params = [SamplingParams(max_tokens=9, **one) for one in KINDS[kind]]
+    with watched() as watch:
+        llm, engine = load(depth, lambda logits: far(torch.from_numpy(logits)))
+        found = llm.generate(PROMPTS[: len(params)], params)
+    assert watch.waits == []
+    assert watch.fetches == len(engine.batches)
+    assert watch.sends <= len(engine.batches)
+    wanted = load(depth, lambda logits: logits)[0].generate(PROMPTS[: len(params)], params)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.error, one.token_ids) == (None, other.token_ids)
+        for name in ("logprobs", "prompt_logprobs"):
+            assert (getattr(one, name) is None) == (getattr(other, name) is None)
+            for this, that in zip(getattr(one, name) or (), getattr(other, name) or (), strict=True):
+                assert (this is None) == (that is None)
+                if this is not None:
+                    assert this.token == that.token
+                    assert this.logprob == pytest.approx(that.logprob, abs=1e-5)
+                    assert [place for place, _ in this.top] == [place for place, _ in that.top]
+
+
+WAITING = {
+    "a number is read": lambda x: float(x[0, 0]),
+    "a list of indices": lambda x: x[[0, 1]],
+    "a mask": lambda x: x[x > 0],
+    "places that hold": lambda x: (x > 0).nonzero(),
+    "a condition": lambda x: bool((x > 0).all()),
+    "an array that is sent without staging": lambda x: x + torch.ones(4).to(FAR),
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_what_waits_is_seen(what: str) -> None:
+    """What the test above would miss if the device that it uses did not tell."""
+    with watched() as watch:
+        WAITING[what](far(torch.arange(12.0).view(3, 4)))
+    assert watch.waits
+
+
+def test_copies_are_counted() -> None:
+    with watched() as watch:
+        packed, parcel = Packed(FAR), Parcel()
+        packed.add("a", np.arange(3, dtype=np.int32))
+        packed.add("b", np.array([[0.5], [1.5]]))
+        packed.send()
+        parcel.add("a", packed["a"] + 1)
+        parcel.add("b", packed["b"] * 2)
+        found = parcel.fetch()
+    assert [found[name].tolist() for name in "ab"] == [[1, 2, 3], [[1.0], [3.0]]]
+    assert (watch.sends, watch.fetches, watch.launches, watch.waits) == (1, 1, 3, [])
+
+
+def test_only_what_is_new_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a request with a long prompt sends its last token, whatever came before."""
+    sent: list[int] = []
+    send = Packed.send
+
+    def counted(self: Packed) -> None:
+        sent.append(self.nbytes)
+        send(self)
+
+    monkeypatch.setattr(Packed, "send", counted)
+    engine = PagedEngine(64, 64, 2048, 3000)
+    forward = engine.forward
+    engine.forward = lambda batch: torch.from_numpy(forward(batch))
+    prompt = np.random.default_rng(0).permutation(3000)[:1500].tolist()
+    params = SamplingParams(max_tokens=12, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05, seed=0)
+    (output,) = LLM.from_engine(engine, max_tokens_per_step=2048).generate([prompt], params)
+    assert len(output.token_ids) == len(sent) == 12
+    assert sent[0] > 1500 * 8
+    assert max(sent[1:]) < 100
+
+
+IDS = st.integers(0, 20)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from(["new", "end", "add", "add", "add", "propose"]), IDS), max_size=40
+    )
+)
+def test_the_device_knows_what_histories_hold(events: list[tuple[int, str, int]]) -> None:
+    """Histories come, grow, try proposals and go; those that a step asks about are as on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_history, "_LEAST_LINES", 1)
+        patch.setattr(device_history, "_LEAST_ROOM", 2)
+        known, histories = DeviceHistories(torch.device("cpu")), {}
+        for key, what, token in events:
+            if what == "new":
+                histories[key] = History(np.arange(token))
+            elif what == "end":
+                histories.pop(key, None)
+            elif key in histories:
+                histories[key].add(token)
+                if what == "propose":
+                    histories[key].add(token + 1)
+                    histories[key].take_back(token + 1)
+            asked = [history for number, history in histories.items() if history.ids.shape[0] and number != key]
+            if asked:
+                compare(known, asked)
+            assert known.lines <= len(histories)
+        histories.clear()
+        asked = []
+        assert known.lines == 0
+
+
+def compare(known: DeviceHistories, asked: list[History]) -> None:
+    packed, sizes = Packed(torch.device("cpu")), torch.tensor([history.ids.shape[0] for history in asked])
+    begins = known.pack(packed, asked)
+    packed.send()
+    known.update(packed)
+    width = int(sizes.max())
+    ids, counts = known.read(torch.from_numpy(begins), sizes, width)
+    for row, history in enumerate(asked):
+        order = np.arange(width) % history.ids.shape[0]
+        assert ids[row].tolist() == history.ids[order].tolist()
+        assert counts[row].tolist() == history.counts[order].tolist()
+
+
+def test_another_sampler_is_told_everything() -> None:
+    history = History(np.arange(5))
+    first, second = DeviceHistories(torch.device("cpu")), DeviceHistories(torch.device("cpu"))
+    for known in (first, second, first):
+        history.add(3)
+        compare(known, [history])
+
+
+def test_a_watch_refuses_what_a_gpu_would() -> None:
+    with watched(), pytest.raises(AssertionError, match="mixes devices"):
+        far(torch.ones(3)) + torch.ones(3)
+    with pytest.raises(AssertionError, match="within `watched`"):
+        far(torch.ones(3)) + 1
+    assert Watch().launches == 0
