@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from angelforge.tools.gpu_needed import require_gpu
 
 if TYPE_CHECKING:
     from angelforge.tools.kernel_bench.measure import Machine
+    from angelforge.tools.kernel_bench.report import Report
     from angelforge.tools.kernel_bench.run import Deadline
 
 SECONDS = 420.0
@@ -26,13 +28,21 @@ SECONDS = 420.0
               help="Where --tune writes; rows that the file has of other tiles stay.")  # fmt: skip
 @click.option("--seconds", default=SECONDS, show_default=True, help="After so long, what is left is skipped and named.")
 @click.option("--seed", default=1, show_default=True, help="Of the random inputs.")
+@click.option("--own-only", is_flag=True, help="Leave out other engines' kernels, though they are installed.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
 def kernels(
-    operators: tuple[str, ...], tune: bool, tuning: Path, seconds: float, seed: int, json_file: Path | None
+    operators: tuple[str, ...],
+    tune: bool,
+    tuning: Path,
+    seconds: float,
+    seed: int,
+    own_only: bool,
+    json_file: Path | None,
 ) -> None:
     """Check every kernel against its definition and measure it at AntAngelMed's sizes. Needs a CUDA GPU.
 
-    Progress goes to standard error, the table to standard output; exit code 1 if any result is wrong.
+    Then the kernels of DeepGEMM, vLLM and FlashInfer on the same inputs, where they are installed. Progress goes to
+    standard error, the tables to standard output; exit code 1 if any result of ours is wrong.
 
     \b
     Example:
@@ -42,7 +52,7 @@ def kernels(
     if unknown:
         raise UsageError(f"There is no operator {unknown[0]!r}; there are {', '.join(OPERATORS)}.")
     facts = require_gpu("bench kernels")
-    from angelforge.tools.kernel_bench.run import Deadline, find_machine, run
+    from angelforge.tools.kernel_bench.run import Deadline, compare_engines, find_machine, run
 
     deadline = Deadline(seconds)
     machine = find_machine(facts)
@@ -50,13 +60,21 @@ def kernels(
         _tune(machine, operators, deadline, tuning)
         return
     report = run(machine, operators, deadline, seed, _say)
-    if json_file is not None:
+    _save(report, json_file)  # and shown, before foreign code runs that may end the process
+    click.echo(report.markdown())
+    if not own_only:
+        others = compare_engines(report.measurements, machine, deadline, seed, _say)
+        _save(replace(report, others=others), json_file)
+        click.echo("\n".join(others.markdown()))
+    if report.problems:
+        raise AngelForgeError(f"{len(report.problems)} results are wrong; they stand below the first table.")
+
+
+def _save(report: Report, path: Path | None) -> None:
+    if path is not None:
         from angelforge.atomic import write_atomic
 
-        write_atomic(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
-    click.echo(report.markdown())
-    if report.problems:
-        raise AngelForgeError(f"{len(report.problems)} results are wrong; they stand below the table.")
+        write_atomic(path, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def _tune(machine: Machine, operators: tuple[str, ...], deadline: Deadline, path: Path) -> None:

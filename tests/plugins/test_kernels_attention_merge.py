@@ -16,6 +16,7 @@ from angelforge.plugins.attention_merge_quantize.kernel import KERNEL as QUANTIZ
 from angelforge.plugins.kernel import Kernel, Tile
 
 EXAMPLES = settings(max_examples=max(10, settings().max_examples // 5))
+FEW = settings(max_examples=max(6, settings().max_examples // 5))
 SPLIT = 8
 ATTRIBUTES = {"split_length": SPLIT}
 FP8 = ml_dtypes.float8_e4m3fn
@@ -112,13 +113,24 @@ def test_the_kernel_and_the_body_agree(
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
-@pytest.mark.parametrize(("heads", "head_dim"), [(2, 128), (5, 64), (3, 32)])
-def test_what_is_quantised(heads: int, head_dim: int, dtype: type) -> None:
+@FEW
+@given(
+    SEQUENCES,
+    st.integers(0, 2),
+    st.integers(0, 100),
+    st.sampled_from([(2, 128), (5, 64), (3, 32)]),  # the second: a ragged group of 128 channels
+    st.sampled_from([np.float32, BF16]),
+)
+def test_what_is_quantised(
+    sequences: list[tuple[int, int, bool]], padding: int, seed: int, sizes: tuple[int, int], dtype: type
+) -> None:
     """AttentionMerge's own value, rounded to direct's type, by 128 channels: max(amax, 1e-10)/448, RNE, to the bit."""
-    inputs = parts([(2, 30, True), (1, 9, False), (0, 1, True), (1, 8, True)], 1, heads, head_dim, 3)
+    heads, head_dim = sizes
+    inputs = parts(sequences, padding, heads, head_dim, seed)
+    if not len(inputs[0]):
+        return
     inputs[0] = inputs[0].astype(dtype)
-    inputs[0][2] = 0  # a group of zeros
+    inputs[0][-1] = 0  # a group of zeros, where the row is copied
     tile = Tile(m=1, n=128, k=8, stages=2)
     (joined,) = _run(MERGE, inputs, tile)
     width, groups = heads * head_dim, -(-heads * head_dim // 128)

@@ -1,6 +1,8 @@
 """One run on the GPU: numerics of everything first, then times, the heaviest calls first, within a time limit."""
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -91,20 +93,18 @@ def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: in
                 measurements.append(found)
                 compared.add(key)
                 say(f"{work.name}: {found.timing.median:.1f} µs")
-    others = compare_engines(measurements, machine, deadline, seed, trouble.lost, say)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    used = {**versions(), **others.versions}
-    return Report(machine, used, date, verdicts, measurements, trouble.skipped, trouble.failed, others)
+    return Report(machine, versions(), date, verdicts, measurements, trouble.skipped, trouble.failed)
 
 
 def compare_engines(
-    measurements: Sequence[Measurement], machine: Machine, deadline: Deadline, seed: int, lost: bool, say: Say
+    measurements: Sequence[Measurement], machine: Machine, deadline: Deadline, seed: int, say: Say
 ) -> Comparison:
-    """Other engines' kernels at the calls that were measured; after a lost GPU nothing."""
-    rivals = Rivals()
-    loaded = ", ".join(rivals.versions) or "none is installed"
-    say(f"Other engines' kernels: {loaded} …")
-    return rivals.all_beside(() if lost else measurements, machine, deadline.over, seed)
+    """Other engines' kernels at the calls that were measured. What they print goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        rivals = Rivals()
+        say(f"Other engines' kernels: {', '.join(rivals.versions) or 'none is installed'} …")
+        return rivals.all_beside(measurements, machine, deadline.over, seed, say)
 
 
 def _key(work: Work, tile: Tile) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from angelforge.tools.kernel_bench.checks import check_against_body, check_confi
 from angelforge.tools.kernel_bench.compare import compare
 from angelforge.tools.kernel_bench.execution import copies
 from angelforge.tools.kernel_bench.inputs import experts_used, make_inputs
+from angelforge.tools.kernel_bench.measure import default_tile
 from angelforge.tools.kernel_bench.plain import plain_outputs
 from angelforge.tools.kernel_bench.truth import by_body, by_torch, to_numpy, to_torch
 from angelforge.tools.kernel_bench.work import Sequences, Work, works
@@ -53,6 +54,17 @@ def test_kernels_pass_the_check(name: str) -> None:
     work, tile = next((w, t) for w, t in check_works(SMALL, (name,)) if w.tokens == 5)
     check = check_against_body(work, tile, interpret, seed=4, device="cpu")
     assert check.verdict.ok
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Embedding", "AddNormQuantize", "QKVPrepare", "MoELogits", "MoECombine"])
+def test_rows_of_8192_tokens(name: str) -> None:
+    """What is done row by row, in the tile of prompts: every row is right, the worst one counts."""
+    work = next(w for w in works(check_config(), (8192,), ()) if w.operator.name == name)
+    inputs = make_inputs(work, 3, "cpu")
+    found = interpret(work, inputs, default_tile(work, SMALL))
+    wanted = by_torch(work, inputs) or by_body(work, inputs)
+    assert compare(work.operator, inputs, work.attributes, found, wanted).ok
 
 
 @pytest.mark.parametrize("name", ["Fp8Linear", "Fp8MoEGateUp", "AddNormQuantize", "Linear", "PagedAttention"])

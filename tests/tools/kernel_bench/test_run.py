@@ -1,13 +1,16 @@
 """A whole run of `bench kernels` on a CPU: the interpreter runs the kernels, and clocks are replaced."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from support import engines_in_torch
 from support.interpreter import run_interpreted
 
 from angelforge.errors import AngelForgeError
@@ -23,6 +26,7 @@ from angelforge.tools.kernel_bench import measure, run, tuner, warm, work
 from angelforge.tools.kernel_bench.checks import check_config
 from angelforge.tools.kernel_bench.execution import copies
 from angelforge.tools.kernel_bench.measure import Machine, default_tile
+from angelforge.tools.kernel_bench.rivals import beside
 from angelforge.tools.kernel_bench.run import Deadline, Trouble
 from angelforge.tools.kernel_bench.statistics import Timing
 from angelforge.tools.kernel_bench.tuner import FREE, LIMITS, Task, best_row, candidates, tasks, usable
@@ -102,6 +106,43 @@ def test_wrong_results_and_missing_time_are_told(monkeypatch: pytest.MonkeyPatch
     late = run.run(MACHINE, ("MoECombine",), Deadline(-1), 1, lambda _: None)
     assert (late.measurements, late.checks) == ([], [])
     assert "No time was left for 4 calls: MoECombine" in late.markdown()
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_other_engines_follow_what_is_already_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our table and figures are out before foreign code runs; what it prints stays out of the table."""
+    monkeypatch.setattr(run, "find_machine", lambda facts: MACHINE)
+    monkeypatch.setattr(bench_kernels, "require_gpu", lambda command: None)
+    monkeypatch.setattr(beside, "execute", interpret)
+    monkeypatch.setattr(beside, "time_calls", lambda calls: Timing(2.0, 2.0, 0.0))
+    engines_in_torch.install(monkeypatch)
+    saved: list[dict[str, Any]] = []
+    file = tmp_path / "k.json"
+    real = engines_in_torch.fp8_gemm_nt
+
+    def chatty(*arguments: Any, **named: Any) -> None:
+        saved.append(json.loads(file.read_text()))
+        print("compiling")
+        real(*arguments, **named)
+
+    monkeypatch.setattr(sys.modules["deep_gemm"], "fp8_gemm_nt", chatty)
+    command = ["bench", "kernels", "--operator", "Fp8Linear", "--json", str(file)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert saved and all(found["other_engines"] is None and found["measurements"] for found in saved)
+    assert "compiling" in result.stderr and "compiling" not in result.stdout
+    rows = json.loads(file.read_text())["other_engines"]["rows"]
+    assert {(row["engine"], row["kernel"]) for row in rows} == {
+        ("DeepGEMM", "fp8_gemm_nt"),
+        ("vLLM", "w8a8_triton_block_scaled_mm"),
+        ("vLLM", "cutlass_scaled_mm"),
+        ("FlashInfer", "fp8_blockscale_gemm_sm90"),
+    }
+    assert all(row["problem"] is None and row["ratio"] > 0 for row in rows)
+    assert result.stdout.count("| Fp8Linear down, T = 2 |") == 1 + 4  # ours, theirs
+    alone = CliRunner().invoke(main, [*command, "--own-only"])
+    assert alone.stdout.count("| Fp8Linear down, T = 2 |") == 1
+    assert json.loads(file.read_text())["other_engines"] is None
 
 
 def test_one_failure_does_not_end_a_run_but_a_lost_gpu_does() -> None:

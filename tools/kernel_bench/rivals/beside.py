@@ -49,24 +49,35 @@ class Rivals:
             try:
                 self.loaded.append(Loaded(engine, engine.load()))
             except RIVAL_ERRORS as error:
-                self.broken.append(f"{engine.name} {engine.version()} not run: {reason(error)}")
+                self.broken.append(f"{engine.name} is not run: it does not load ({reason(error)})")
 
     @property
     def versions(self) -> dict[str, str]:
         """Of the engines that are measured."""
-        return {loaded.engine.name: loaded.engine.version() for loaded in self.loaded}
+        return {one.engine.name: str(getattr(one.module, "__version__", "?")) for one in self.loaded}
 
     def all_beside(
-        self, measurements: Sequence[Measurement], machine: Machine, deadline: Callable[[], bool], seed: int
+        self,
+        measurements: Sequence[Measurement],
+        machine: Machine,
+        deadline: Callable[[], bool],
+        seed: int,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Comparison:
-        """Rows for all calls that there is time for."""
+        """Rows for all calls that there is time for; `say` is told of each."""
         rows: list[Beside] = []
         left = []
         for measured in measurements:
-            if deadline() and self._kernels(measured.work):
+            if not self._kernels(measured.work):
+                continue
+            if deadline():
                 left.append(measured.work.name)
-            elif not deadline():
-                self._beside(measured, machine, seed, rows)
+                continue
+            known = len(rows)
+            self._beside(measured, machine, seed, rows)
+            for row in rows[known:]:
+                figure = row.problem or f"{row.microseconds:.1f} µs, ours {row.ours:.1f}"
+                say(f"{row.work.name}, {row.engine} {row.kernel}: {figure}")
         return Comparison(rows, self.versions, self.absent, self.broken, self.lost, left)
 
     def _beside(self, measured: Measurement, machine: Machine, seed: int, rows: list[Beside]) -> None:

@@ -53,7 +53,8 @@ class Comparison:
 
     def markdown(self) -> list[str]:
         """The lines of the table, and what is missing."""
-        lines = ["", "Other engines' kernels on the same inputs (below 1: ours is faster):"]
+        used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = ["", f"Other engines' kernels on the same inputs: {used or 'none is installed'}."]
         if self.rows:
             lines += ["", _line(HEAD), "|---" * len(HEAD) + "|", *(_line(_cells(row)) for row in self.rows)]
         lines += [f"- {name} is not installed." for name in self.absent]

@@ -86,6 +86,5 @@ def _contiguous(gemm: Any, ids: torch.Tensor, x: Any, weight: Any, experts: int,
 DEEPGEMM = Engine(
     "DeepGEMM",
     ("deep_gemm", "vllm.third_party.deep_gemm"),
-    ("deep-gemm", "vllm"),
     {"Fp8Linear": (linear,), "Fp8MoEGateUp": (moe_gate_up,), "Fp8MoEDown": (moe_down,)},
 )

@@ -65,6 +65,5 @@ def _drop(result: Any) -> None:
 FLASHINFER = Engine(
     "FlashInfer",
     ("flashinfer",),
-    ("flashinfer-python",),
     {"Norm": (norm,), "AddNorm": (add_norm,), "Fp8Linear": (linear,), "PagedAttention": (attention,)},
 )

@@ -7,7 +7,6 @@ load or raises becomes a line of the report.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from subprocess import SubprocessError
 from typing import Any
@@ -59,7 +58,6 @@ class Engine:
 
     name: str
     packages: tuple[str, ...]  # import names, the first that is installed counts
-    distributions: tuple[str, ...]  # what may have installed them
     kernels: Mapping[str, tuple[Prepare, ...]]  # by operator
 
     def installed(self) -> str | None:
@@ -82,15 +80,6 @@ class Engine:
         if found is None:
             raise ImportError(f"{self.packages[0]} is not installed")
         return import_module(found)
-
-    def version(self) -> str:
-        """Of the distribution; "?" where it tells none."""
-        for distribution in self.distributions:
-            try:
-                return version(distribution)
-            except PackageNotFoundError:
-                continue
-        return "?"
 
 
 def reason(error: Exception) -> str:

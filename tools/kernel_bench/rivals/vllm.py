@@ -198,7 +198,6 @@ def attention(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
 VLLM = Engine(
     "vLLM",
     ("vllm",),
-    ("vllm",),
     {
         "Norm": (norm,),
         "AddNorm": (add_norm,),
