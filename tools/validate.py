@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +11,13 @@ from angelforge.errors import AngelForgeError, UsageError
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.validate_data import DataOptions
-
-if TYPE_CHECKING:
-    from angelforge.runtime.validate.results import Validation
+from angelforge.tools.validate_options import (
+    check_page,
+    refuse_for_checkpoint,
+    refuse_for_draft,
+    refuse_for_study,
+    refuse_other_tokens,
+)
 
 
 @click.command()
@@ -29,9 +32,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.Path(path_type=Path), help="A JSON file: lists of token ids.")
 @click.option("--dialogues", is_flag=True, help="The demo's conversations.")
 @click.option("--random", "count", type=click.IntRange(1, 64), help="So many random sequences. [default: 2]")
-@click.option(
-    "--length", type=click.IntRange(1), default=96, show_default=True, help="About the length of random ones."
-)
+@click.option("--length", type=click.IntRange(1), help="About the length of random ones. [default: 96]")
 @click.option("--chunk", type=click.IntRange(1), default=40, show_default=True, help="Most tokens of one packed call.")
 @click.option("--padding", type=click.IntRange(0), default=3, show_default=True, help="Padding rows of each call.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random tokens and the order of pages.")
@@ -49,7 +50,7 @@ def validate(
     tokens: Path | None,
     dialogues: bool,
     count: int | None,
-    length: int,
+    length: int | None,
     chunk: int,
     padding: int,
     seed: int,
@@ -67,17 +68,21 @@ def validate(
     Example:
       angelforge validate bundle --operator-by-operator --html report.html
     """
+    refuse_other_tokens()
     data = DataOptions(tokens, dialogues, count, length, chunk, padding, seed)
     chosen = _layers(layers)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(f"--html names a file in {html.parent}, which is no folder; make it first.")
+    check_page(html)
     if not (subject / FILE).is_file() and (subject / "config.json").is_file():
         if chosen is None:
             raise UsageError(f"{subject} is a checkpoint: name layers of it with --layers 0,1, or export it first.")
-        _checkpoint(subject, chosen, data, html, as_json)
+        refuse_for_checkpoint()
+        _checkpoint(subject, chosen, data, as_json)
     elif against is not None:
+        refuse_for_study()
         _study(subject, against, data, html, as_json)
     else:
+        if draft:
+            refuse_for_draft()
         _bundle(subject, engine, reference, (by_layer, by_operator, draft), chosen, data, html, as_json)
 
 
@@ -95,6 +100,7 @@ def _bundle(
     from angelforge.tools.validate_draft import run_draft
     from angelforge.tools.validate_page import write_page
     from angelforge.tools.validate_report import print_validation
+    from angelforge.tools.validate_verdict import verdict
 
     with total_progress("validate", "layers") as report:
         by_layer, by_operator, draft = modes
@@ -102,35 +108,24 @@ def _bundle(
             result = run_draft(subject, engine, data, report)
         else:
             result = run_job(Job(subject, engine, reference, by_layer, by_operator, layers, data), report)
+    judged = None if result.ok else verdict(result)
     if html is not None:
-        write_page(html, result)
+        write_page(html, result, judged)
     if as_json:
-        print_json(result.to_dict())
+        told = None if judged is None else {"text": judged.text, "next": [command for command, _ in judged.next]}
+        print_json({**result.to_dict(), "verdict": told})
     else:
-        print_validation(result, html)
-    if not result.ok:
-        _fail(_verdict(result), as_json)
+        print_validation(result, html, judged)
+    if judged is not None:
+        _fail(judged.text, as_json)
 
 
-def _verdict(result: Validation) -> str:
-    """What failed, in words: the engine, or only the graph beside the reference."""
-    by_engine = [whole for whole in result.wholes if not whole.reference]
-    if all(whole.ok for whole in by_engine) and all(f.ok for f in (*result.layers, *result.operators)):
-        return (
-            "The bundle's graph differs from the reference, its engine agrees with the graph. If they should be the "
-            "same model, compare single layers with the checkpoint: angelforge validate CHECKPOINT --layers 0,1."
-        )
-    return "The engine does not compute what its bundle says; see the first diverging tensor."
-
-
-def _checkpoint(subject: Path, layers: list[int], data: DataOptions, html: Path | None, as_json: bool) -> None:
+def _checkpoint(subject: Path, layers: list[int], data: DataOptions, as_json: bool) -> None:
     from angelforge.tools.validate_layers import check_layers
     from angelforge.tools.validate_report import layers_dict, print_layers
 
-    if html is not None:
-        raise UsageError("--html is for bundles; the layers of a checkpoint are told as text or --json.")
     with total_progress("validate", "layers") as report:
-        checks = check_layers(subject, layers, min(data.length, 64), data.seed, report)
+        checks = check_layers(subject, layers, data.length, data.seed, report)
     if as_json:
         print_json(layers_dict(subject, checks))
     else:

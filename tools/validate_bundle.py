@@ -16,9 +16,10 @@ from angelforge.runtime.validate.compare import Finding
 from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner, cuda_providers
 from angelforge.runtime.validate.data import Schedule
 from angelforge.runtime.validate.engine_graph import EngineGraph
+from angelforge.runtime.validate.halves import Halves
 from angelforge.runtime.validate.kernel_graph import KernelGraph
 from angelforge.runtime.validate.operations import JudgeGraph, judge_graph
-from angelforge.runtime.validate.references import load_reference_for
+from angelforge.runtime.validate.references import load_reference_for, numpy_reference, reference_checkpoint
 from angelforge.runtime.validate.results import Validation
 from angelforge.runtime.validate.runners import BundleRunner, EngineRunner, JudgeRunner, KernelRunner, ReferenceRunner
 from angelforge.runtime.validate.thresholds import Thresholds, thresholds
@@ -57,12 +58,13 @@ def run_job(job: Job, report: Report) -> Validation:
     limits = thresholds(bundle.manifest.precision, as_stored)
     planned, told = make_schedule(bundle, job.data)
     places = _places(bundle, job.layers)
+    # First of all: what the user named may not exist, and what follows takes long.
+    compute = None if job.reference is None else load_reference_for(job.reference, bundle)
     wholes = []
     if places is None:
         judge_runner = JudgeRunner(bundle, planned.num_pages, as_stored=as_stored)
         wholes.append(compare_whole(judge_runner, _runner(bundle, job.engine, planned), planned, limits))
-    if job.reference is not None:
-        compute = load_reference_for(job.reference, bundle)
+    if compute is not None:
         named = ReferenceRunner(bundle, compute, f"reference: {job.reference}", planned.num_pages)
         widened = thresholds(bundle.manifest.precision, as_stored=False)
         wholes.append(compare_whole(named, JudgeRunner(bundle, planned.num_pages), planned, widened))
@@ -77,8 +79,46 @@ def run_job(job: Job, report: Report) -> Validation:
             layered = _walk(judge, candidate, bundle, planned, limits, True, places, report)
         if job.by_operator or unjudged or not engine_ok or not all(f.ok for f in layered) or not job.by_layer:
             single = _walk(judge, candidate, bundle, planned, limits, False, places, report)
-    precision = bundle.manifest.precision.value
-    return Validation(str(job.subject), precision, job.engine, told, limits, tuple(wholes), layered, single)
+    checkpoint = None if job.reference is None else reference_checkpoint(job.reference)
+    halves: tuple[Finding, ...] = ()
+    agreed = all(whole.ok for whole in wholes if whole.reference)
+    if checkpoint is not None and (job.by_layer or job.by_operator or unjudged or places is not None or not agreed):
+        halves = _halves(bundle, checkpoint, job)
+    return Validation(
+        str(job.subject),
+        bundle.manifest.precision.value,
+        job.engine,
+        told,
+        limits,
+        tuple(wholes),
+        layered,
+        single,
+        halves,
+        None if checkpoint is None else str(checkpoint),
+    )
+
+
+def _halves(bundle: Bundle, checkpoint: Path, job: Job) -> tuple[Finding, ...]:
+    """The bundle's own layers beside the checkpoint that the reference is made of."""
+    manifest = bundle.manifest
+    tokens = min(manifest.page_size, manifest.max_context)
+    reference = numpy_reference(checkpoint, bundle, keep=False)
+    quantized = manifest.precision.quantized
+    sides = Halves(
+        manifest.model,
+        judge_graph(bundle),
+        bundle.folder,
+        reference,
+        quantized,
+        manifest.page_size,
+        tokens,
+        job.data.seed,
+    )
+    layers = range(manifest.model.num_hidden_layers) if job.layers is None else job.layers
+    checks = [check for layer in layers for check in sides.layer(layer)]
+    if job.layers is None:
+        checks = [sides.embedding(), *checks, sides.head()]
+    return tuple(check.finding() for check in checks)
 
 
 def _walk(

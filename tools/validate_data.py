@@ -10,6 +10,8 @@ from angelforge.errors import UsageError
 from angelforge.runtime.validate.data import Schedule, random_sequences, schedule
 from angelforge.tools.token_file import read_token_lists
 
+DEFAULT_LENGTH = 96  # of random sequences, where the bundle covers as much
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -18,24 +20,22 @@ class DataOptions:
     tokens: Path | None
     dialogues: bool
     random: int | None
-    length: int
+    length: int | None  # None where it was not asked for
     chunk: int
     padding: int
     seed: int
 
 
 def make_schedule(bundle: Bundle, options: DataOptions) -> tuple[Schedule, str]:
-    """The packed calls, and what they are in words; raises UsageError where options contradict each other."""
+    """The packed calls, and what they are in words; raises UsageError where they do not fit the bundle."""
     model = bundle.manifest.model
-    if sum((options.tokens is not None, options.dialogues, options.random is not None)) > 1:
-        raise UsageError("--tokens, --dialogues and --random exclude each other; name one.")
     if options.tokens is not None:
         sequences, told = read_token_lists(options.tokens), str(options.tokens)
     elif options.dialogues:
         sequences, told = _dialogues(bundle), "the demo's dialogues"
     else:
         count = options.random or 2
-        length = min(options.length, bundle.manifest.max_context * 3 // 4)
+        length = _random_length(options.length, bundle.manifest.max_context)
         made = random_sequences(count, model.vocab_size, length, options.seed)
         sequences, told = [ids.tolist() for ids in made], f"{count} random sequences"
     planned = schedule(
@@ -50,6 +50,20 @@ def make_schedule(bundle: Bundle, options: DataOptions) -> tuple[Schedule, str]:
     longest = max(map(len, sequences))
     words = f"{told}: {planned.positions} tokens in {len(planned.steps)} packed calls, the longest sequence {longest}"
     return planned, words
+
+
+def _random_length(asked: int | None, max_context: int) -> int:
+    """Random sequences are up to a quarter longer than they are asked to be."""
+    most = max(max_context * 4 // 5, 1)
+    if asked is None:
+        return min(DEFAULT_LENGTH, most)
+    if asked > most:
+        raise UsageError(
+            f"--length is {asked}, but the bundle covers {max_context} positions, and random sequences are up to a "
+            f"quarter longer than --length: at most {most}. Take less, or export with --rope-scaling or a larger "
+            "--max-context."
+        )
+    return asked
 
 
 def _dialogues(bundle: Bundle) -> list[list[int]]:

@@ -43,4 +43,6 @@ def run_draft(subject: Path, engine: str, data: DataOptions, report: Callable[[i
     precision = bundle.manifest.precision
     limits = thresholds(precision, as_stored=False)
     found = compare_walk(judge, candidate, bundle, planned, limits, by_layer=False, more=states, report=report)
-    return Validation(f"the draft of {subject}", precision.value, engine, told, limits, operators=tuple(found))
+    return Validation(
+        f"the draft of {subject}", precision.value, engine, told, limits, operators=tuple(found), draft=True
+    )

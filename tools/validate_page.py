@@ -16,6 +16,7 @@ from angelforge.tools.plots import line_plot, log_bars
 
 if TYPE_CHECKING:
     from angelforge.runtime.validate.study import Study
+    from angelforge.tools.validate_verdict import Verdict
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
@@ -26,9 +27,9 @@ svg text{font:11px system-ui,sans-serif;fill:#555}
 """
 
 
-def write_page(path: Path, result: Validation) -> None:
+def write_page(path: Path, result: Validation, judged: Verdict | None) -> None:
     """Writes the page; raises AngelForgeError where the disk refuses."""
-    _write(path, f"{Path(result.subject).name}: {'ok' if result.ok else 'FAILED'}", _validation(result))
+    _write(path, f"{Path(result.subject).name}: {'ok' if result.ok else 'FAILED'}", _validation(result, judged))
 
 
 def write_study_page(path: Path, study: Study) -> None:
@@ -46,7 +47,7 @@ def _write(path: Path, title: str, parts: Iterable[str]) -> None:
         write_atomic(path, text)
 
 
-def _validation(result: Validation) -> Iterable[str]:
+def _validation(result: Validation, judged: Verdict | None) -> Iterable[str]:
     state = "ok" if result.ok else "failed"
     yield f'<p class="{state}">{"ok" if result.ok else "FAILED"}</p>'
     yield f"<p>{escape(f'{result.precision}, engine {result.engine}; {result.data}')}</p>"

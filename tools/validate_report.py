@@ -13,12 +13,13 @@ from angelforge.runtime.validate.results import Validation, describe, worst_by_t
 from angelforge.tools.output import print_table
 
 if TYPE_CHECKING:
+    from angelforge.runtime.validate.halves import LayerCheck
     from angelforge.runtime.validate.study import Study
-    from angelforge.tools.validate_layers import LayerCheck
+    from angelforge.tools.validate_verdict import Verdict
 
 
-def print_validation(result: Validation, html: Path | None) -> None:
-    """Verdict, figures, and the first diverging tensor."""
+def print_validation(result: Validation, html: Path | None, judged: Verdict | None) -> None:
+    """Figures, the first diverging tensor, and of a failure what to type next."""
     click.echo(f"{result.subject} in {result.precision}, engine {result.engine}; {result.data}")
     for whole in result.wholes:
         figures = whole.summary()
@@ -34,9 +35,12 @@ def print_validation(result: Validation, html: Path | None) -> None:
                 click.echo(f"  {told}: relative error at most {worst.error:.2e} ({worst.place})")
     _print_findings("layers, each with the judge's inputs", result.layers)
     _print_findings("operators, each with the judge's inputs", result.operators)
+    _print_findings("half layers of the bundle beside the reference", result.halves)
     if result.first is not None:
         for line in describe(result.first):
             click.echo(line)
+    for line in () if judged is None else judged.lines():
+        click.echo(line)
     if result.wholes and result.limits.logits is None and result.operators:
         click.echo(
             f"{result.precision} is judged operator by operator, and loosely as a whole: "

@@ -79,7 +79,7 @@ class KernelPiece:
 
     def __init__(self, model: ir.Model, bundle: Bundle, operators: list[type[OpRun]]) -> None:
         graph = model.graph
-        self._weights = {name: read_tensor(bundle.tensors[name]) for name in graph.initializers}
+        self._weights = {name: _lent(read_tensor(bundle.tensors[name])) for name in graph.initializers}
         graph.inputs.extend(v for v in graph.initializers.values() if not v.is_graph_input())
         graph.initializers.clear()
         self._inputs = [str(v.name) for v in graph.inputs if v.name not in self._weights]
@@ -141,9 +141,21 @@ def _launcher() -> Callable[[str, Sequence[Array], Mapping[str, Any]], tuple[Arr
     return launch
 
 
+def _lent(array: Array) -> Array:
+    """The same memory, marked as not to be written: a weight, C-contiguous, of which `_to_torch` makes no copy."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def _to_torch(torch: Any, array: Array) -> Any:
-    """A tensor of the array's type, in memory of its own."""
-    array = np.array(array, order="C")
+    """A tensor of the array's type, in memory of its own but for weights: those are a layer's memory."""
+    owner = array.base
+    lent = isinstance(owner, np.ndarray) and not array.flags.writeable and owner.flags.writeable
+    if lent and (owner.shape, owner.dtype, owner.strides) == (array.shape, array.dtype, array.strides):
+        array = owner
+    else:
+        array = np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     if array.dtype == ml_dtypes.float8_e4m3fn:

@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoint folders for the reference model, without any of the product's code."""
+"""Reads Hugging Face checkpoint folders for the reference model, without the product's readers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from angelforge.diskerrors import explained
+from angelforge.errors import AngelForgeError
 
 Array = NDArray[Any]
 
@@ -26,21 +29,38 @@ _TYPES: dict[str, Any] = {
 
 def checkpoint_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        with explained("read", path):
+            config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AngelForgeError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise AngelForgeError(f"{path} holds no JSON object.")
     return config
 
 
 def checkpoint_tensors(folder: Path) -> Callable[[str], Array]:
-    """A function from a tensor's name to its array, read when asked for; quantised weights come dequantised, f32."""
+    """A function from a tensor's name to its array, read when asked for; quantised weights come dequantised, f32.
+
+    Raises, and the function too, AngelForgeError where a file is damaged or a tensor is missing.
+    """
     found: dict[str, tuple[Path, Any, list[int], int, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update({name: (path, *place) for name, place in _places(path).items()})
 
     def read(name: str) -> Array:
+        if name not in found:
+            raise AngelForgeError(
+                f"The reference's checkpoint {folder} has no tensor {name}. Is it the bundle's model?"
+            )
         path, dtype, shape, begin, end = found[name]
-        with path.open("rb") as file:
+        with explained("read", path), path.open("rb") as file:
             file.seek(begin)
-            return np.frombuffer(file.read(end - begin), dtype).reshape(shape)
+            data = file.read(end - begin)
+        if len(data) != end - begin:
+            raise AngelForgeError(f"{path} ends inside tensor {name}; the checkpoint is damaged. Fetch it again.")
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def tensor(name: str) -> Array:
         scale = name + "_scale_inv"
@@ -69,14 +89,17 @@ def is_quantised(name: str) -> bool:
 
 def _places(path: Path) -> dict[str, tuple[Any, list[int], int, int]]:
     """Type, shape, begin and end of every tensor of a file."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: (_TYPES[entry["dtype"]], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"]))
-        for name, entry in header.items()
-    }
+    try:
+        with explained("read", path), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: (_TYPES[entry["dtype"]], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise AngelForgeError(f"{path} is no safetensors file that the reference can read: {error!r}.") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:

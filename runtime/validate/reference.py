@@ -94,11 +94,9 @@ class Reference:
             routings.append(routing)
             keys.append(key)
             values.append(value)
-        hidden = self._norm(x, "model.norm.weight")
-        head = "model.word_embeddings.weight" if self.config.get("tie_word_embeddings") else "lm_head.weight"
         return Trace(
-            logits=hidden @ self.tensor(head).T,
-            hidden=hidden,
+            logits=self.head(x),
+            hidden=self._norm(x, "model.norm.weight"),
             residuals=tuple(residuals),
             experts=tuple(None if r is None else r.experts for r in routings),
             weights=tuple(None if r is None else r.weights for r in routings),
@@ -119,6 +117,11 @@ class Reference:
         """The second half of a layer: (residual stream [T, H] with the MLP added, the router's choice) of x [T, H]."""
         fed, routing = self._feed_forward(self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight"), layer)
         return x + fed, routing
+
+    def head(self, x: Array) -> Array:
+        """[T, vocab] logits of the residual stream x [T, H] behind the last layer."""
+        name = "model.word_embeddings.weight" if self.config.get("tie_word_embeddings") else "lm_head.weight"
+        return np.asarray(self._norm(x, "model.norm.weight") @ self.tensor(name).T)
 
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(x, self.tensor(name), self.config["rms_norm_eps"])

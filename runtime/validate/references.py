@@ -97,6 +97,15 @@ def _traced(reference: Reference) -> Compute:
     return compute
 
 
+def reference_checkpoint(text: str) -> Path | None:
+    """The BailingMoeV2 checkpoint that a reference named so is made of; None of other models and of functions."""
+    kind, _, rest = text.partition(":")
+    config = Path(rest) / "config.json"
+    if kind not in ("numpy", "transformers") or not config.is_file():
+        return None
+    return Path(rest) if checkpoint_config(Path(rest)).get("model_type") in MODEL_TYPES else None
+
+
 def numpy_reference(checkpoint: Path, bundle: Bundle, keep: bool = True) -> Reference:
     """The independent NumPy model on a checkpoint's weights, in f64, as the bundle stretches, rounds, quantises it.
 
@@ -105,9 +114,25 @@ def numpy_reference(checkpoint: Path, bundle: Bundle, keep: bool = True) -> Refe
     if not (checkpoint / "config.json").is_file():
         raise UsageError(f"{checkpoint} has no config.json; the reference needs a checkpoint folder.")
     model = bundle.manifest.model
-    config = {**checkpoint_config(checkpoint), "num_hidden_layers": model.num_hidden_layers}
+    stored = checkpoint_config(checkpoint)
+    _check_same(stored, model, checkpoint)
+    config = {**stored, "num_hidden_layers": model.num_hidden_layers}
     config["rope_scaling"] = config.get("rope_scaling") or rope_keys(model).get("rope_scaling")
     return reference_like(bundle.manifest.precision, config, checkpoint_tensors(checkpoint), keep)
+
+
+def _check_same(stored: Mapping[str, Any], model: ModelConfig, checkpoint: Path) -> None:
+    for name in ("vocab_size", "hidden_size", "num_experts", "intermediate_size", "num_attention_heads"):
+        if stored.get(name) != getattr(model, name):
+            raise UsageError(
+                f"The reference's checkpoint {checkpoint} has {name} {stored.get(name)}, but the bundle has "
+                f"{getattr(model, name)}. Name the checkpoint that the bundle was exported from."
+            )
+    if (stored.get("num_hidden_layers") or 0) < model.num_hidden_layers:
+        raise UsageError(
+            f"The reference's checkpoint {checkpoint} has {stored.get('num_hidden_layers')} layers, but the bundle has "
+            f"{model.num_hidden_layers}. Name the checkpoint that the bundle was exported from."
+        )
 
 
 def reference_like(

@@ -24,16 +24,21 @@ class Validation:
     wholes: tuple[Whole, ...] = ()
     layers: tuple[Finding, ...] = ()  # each layer with the judge's inputs
     operators: tuple[Finding, ...] = ()  # each operator with the judge's inputs
+    halves: tuple[Finding, ...] = ()  # each half layer of the bundle beside the reference's checkpoint
+    checkpoint: str | None = None  # that the reference is made of
+    draft: bool = False  # of the bundle's draft
 
     @property
     def ok(self) -> bool:
         """Whether everything that is judged is within its limit."""
-        return all(whole.ok for whole in self.wholes) and all(f.ok for f in (*self.layers, *self.operators))
+        return all(whole.ok for whole in self.wholes) and all(
+            f.ok for f in (*self.layers, *self.operators, *self.halves)
+        )
 
     @property
     def first(self) -> Finding | None:
         """The first tensor beyond its limit: of the operators where these were run, else of the layers."""
-        located = first_failure(self.operators) or first_failure(self.layers)
+        located = first_failure(self.operators) or first_failure(self.layers) or first_failure(self.halves)
         return located or next((whole.first for whole in self.wholes if whole.first is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +63,7 @@ class Validation:
             ],
             "layers": [finding_dict(f) for f in worst_by_tensor(self.layers)],
             "operators": [finding_dict(f) for f in worst_by_tensor(self.operators)],
+            "halves": [finding_dict(f) for f in self.halves],
         }
         cleaned: dict[str, Any] = _finite(value)
         return cleaned

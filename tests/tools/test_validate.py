@@ -1,6 +1,7 @@
 """`angelforge validate` on the command line: verdict, exit code, report as text, JSON and page."""
 
 import json
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from support.built import make_bundle
+from support.bundles import wrong_weight
 from support.faults import break_engine, swapped_gate_and_up
 
 from angelforge.bundle import Bundle
@@ -17,7 +19,7 @@ from angelforge.engines.cpu import build_cpu
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.precision import Precision
-from angelforge.tools import validate_layers
+from angelforge.tools import validate_bundle, validate_layers
 from angelforge.tools.cli import main
 from angelforge.tools.toy import DRAFT, MODEL
 
@@ -121,6 +123,52 @@ def test_a_reference_that_is_no_python(
     assert "raised SyntaxError" in " ".join(result.output.split())
 
 
+def next_commands(result: Result) -> list[list[str]]:
+    """What a report says that should be typed next."""
+    lines = [line for line in result.stdout.splitlines() if line.startswith("next: angelforge ")]
+    return [shlex.split(line.removeprefix("next: angelforge ").split("    (")[0]) for line in lines]
+
+
+def test_a_damaged_weight_of_the_bundle_is_located(model: tuple[Path, Bundle], tmp_path: Path) -> None:
+    """Judge and engine read the same file and agree; beside the checkpoint the half layer is named, and what to type.
+
+    The first command finds the damaged file, the second says that the layer's export is sound.
+    """
+    folder = tmp_path / "bundle"
+    shutil.copytree(model[1].folder, folder)
+    wrong_weight(Bundle.open(folder), "model.layers.1.attention.dense.weight")
+    assert run(folder, *FEW).exit_code == 0
+    result = run(folder, *FEW, "--reference", f"numpy:{model[0]}")
+    assert result.exit_code == 1
+    assert "first diverging tensor: layer 1, attention half" in result.stdout
+    verify, alone = next_commands(result)
+    found = CliRunner().invoke(main, verify)
+    assert found.exit_code == 1
+    assert "layer-001" in found.output
+    assert alone == ["validate", str(model[0]), "--layers", "1"]
+    assert CliRunner().invoke(main, alone).exit_code == 0
+
+
+def test_a_failing_layer_can_be_run_again(faulty: Path) -> None:
+    """The command that a report gives fails at the same place."""
+    (again,) = next_commands(run(faulty, *FEW))
+    result = CliRunner().invoke(main, [*again, *FEW])
+    assert result.exit_code == 1
+    assert "first diverging tensor: layer 2, MoEGateUp" in result.stdout
+
+
+def test_of_a_function_the_suspects_are_named(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is known of its weights: what to type has a gap for the checkpoint."""
+    (tmp_path / "zero_model.py").write_text(
+        "import numpy as np\n\ndef logits(ids):\n    return np.zeros((len(ids), 320))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run(model[1].folder, *FEW, "--reference", "zero_model:logits")
+    assert next_commands(result)[1] == ["validate", "CHECKPOINT", "--layers", "0,1"]
+
+
 def test_only_some_layers(faulty: Path) -> None:
     """The layers before the fault pass by themselves."""
     assert run(faulty, *FEW, "--layers", "0,1").exit_code == 0
@@ -188,11 +236,20 @@ def test_layers_of_a_checkpoint(tmp_path: Path, dtype: str, monkeypatch: pytest.
         (("--layers", "7"), "layers 0 to 2"),
         (("--layers", "one"), "numbers are needed"),
         (("--engine", "h21"), "h21"),
-        (("--tokens", "ids.json", "--dialogues"), "exclude each other"),
+        (("--tokens", "ids.json", "--dialogues"), "--tokens does not go with another"),
         (("--random", "1", "--length", "20", "--against", "nowhere"), "nowhere"),
         (("--reference", "nothing"), "MODULE:FUNCTION"),
         (("--draft",), "has no draft"),
         (("--html", "no/such/folder.html"), "no folder"),
+        (("--html", "."), "is a folder"),
+        (("--against", "fp32", "--engine", "cpu"), "--engine does not go with --against"),
+        (("--against", "fp32", "--layers", "0"), "--layers does not go with --against"),
+        (("--against", "fp32", "--reference", "a:b"), "--reference does not go with --against"),
+        (("--against", "fp32", "--draft"), "--draft does not go with --against"),
+        (("--draft", "--layer-by-layer"), "--layer-by-layer does not go with --draft"),
+        (("--draft", "--layers", "0"), "--layers does not go with --draft"),
+        (("--dialogues", "--length", "20"), "--length is the length of --random sequences"),
+        (("--length", "5000"), "the bundle covers 512 positions"),
     ],
 )
 def test_wrong_use_is_told(model: tuple[Path, Bundle], arguments: tuple[str, ...], said: str) -> None:
@@ -200,6 +257,41 @@ def test_wrong_use_is_told(model: tuple[Path, Bundle], arguments: tuple[str, ...
     result = run(model[1].folder, *arguments)
     assert result.exit_code == 2, result.output
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--engine", "cpu"),
+        ("--reference", "a:b"),
+        ("--against", "fp32"),
+        ("--layer-by-layer",),
+        ("--operator-by-operator",),
+        ("--draft",),
+        ("--dialogues",),
+        ("--random", "1"),
+        ("--chunk", "3"),
+        ("--padding", "0"),
+        ("--html", "page.html"),
+        ("--length", "65"),
+    ],
+)
+def test_what_means_nothing_for_a_checkpoint_is_refused(model: tuple[Path, Bundle], arguments: tuple[str, ...]) -> None:
+    """Exit code 2, and the option is named."""
+    result = run(model[0], "--layers", "0", *arguments)
+    assert result.exit_code == 2, result.output
+    assert f"{arguments[0]} is " in result.output
+
+
+@pytest.mark.parametrize("reference", ["no_such_module:f", "json:nothing", "numpy:nowhere", "numpy:other"])
+def test_references_are_loaded_first(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    """What is named and cannot be had is told before anything is computed."""
+    write_checkpoint(tmp_path / "other", small_config(**{**SIZES, "hidden_size": 512, "num_attention_heads": 16}))
+    monkeypatch.setattr(validate_bundle, "compare_whole", lambda *_: pytest.fail("something was computed"))
+    result = run(model[1].folder, *FEW, "--reference", reference.replace("other", str(tmp_path / "other")))
+    assert result.exit_code == 2, result.output
 
 
 def test_a_checkpoint_needs_layers(model: tuple[Path, Bundle]) -> None:
