@@ -66,8 +66,10 @@ def _reason(subject: Subject, case: Case, free: int) -> str:
     for layers in range(subject.config.num_hidden_layers - 1, 0, -1):
         fewer = replace(subject, config=subject.config.with_layers(layers))
         if fewer.needed_bytes([case]) <= free:
-            help_text = f"--layers {layers} fits, or a smaller batch or context"
+            help_text = f"--layers {layers} fits"
             break
     else:
-        help_text = "a smaller batch or context is needed"
+        help_text = "no number of layers fits"
+    if subject.needed_bytes([Case(1, 1)]) <= free:
+        help_text += ", or a smaller batch or context"
     return f"needs {needed / 1e9:.1f} GB of the GPU's memory, of which {free / 1e9:.1f} GB are free; {help_text}"

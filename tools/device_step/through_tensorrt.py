@@ -14,14 +14,14 @@ from angelforge.engines.tensorrt_loading import TensorrtEngine, open_tensorrt_en
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.graph import build_graph
 from angelforge.plugins.tensorrt.gpu import GpuFacts
-from angelforge.plugins.tensorrt.library import Library, load_library
+from angelforge.plugins.tensorrt.library import Flavour, Library, load_library
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.device import Device, open_device
 from angelforge.runtime.device_weights import DeviceWeights
 from angelforge.runtime.tensorrt_engine import EngineOptions, OtherWeights, TensorRTEngine
 from angelforge.runtime.tensorrt_loading import register_plugins
 from angelforge.runtime.weight_layout import WeightLayout
-from angelforge.targets import Backend, Target
+from angelforge.targets import Target
 from angelforge.tensorfile import TensorInfo
 from angelforge.tools.device_step.graph_bundle import write_graph_bundle
 from angelforge.tools.device_step.measure import WARM, Figures, elapsed
@@ -70,19 +70,17 @@ def measure_through_tensorrt(
 
 
 def find_library(machine: Machine) -> Library:
-    """The TensorRT for this GPU; of one that has no row among the targets either.
+    """The TensorRT that this GPU's target takes, else the other: what it does not build for, it says itself.
 
     Raises:
-        AngelForgeError: it is not installed.
+        AngelForgeError: none is installed.
     """
-    backends: list[Backend] = ["tensorrt", "tensorrt-rtx"]
-    if machine.target is not None:
-        backends = [machine.target.backend]
+    rtx_first = machine.target is not None and machine.target.backend == "tensorrt-rtx"
+    order: tuple[Flavour, Flavour] = ("tensorrt-rtx", "tensorrt") if rtx_first else ("tensorrt", "tensorrt-rtx")
     problems = []
-    for backend in backends:
-        assert backend != "onnxruntime"
+    for flavour in order:
         try:
-            return load_library(backend)
+            return load_library(flavour)
         except AngelForgeError as error:
             problems.append(str(error))
     raise AngelForgeError(" ".join(problems))
@@ -167,7 +165,9 @@ def _pages(cases: Sequence[Case]) -> int:
 
 
 def _cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0))
+    """0 where a value is not finite."""
+    cosine = torch.nn.functional.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0)
+    return float(cosine.nan_to_num(0.0))
 
 
 _DTYPES = {

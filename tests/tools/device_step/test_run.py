@@ -1,6 +1,8 @@
 """A whole run of `bench device` on a CPU: the interpreter runs the kernels, and clock and memory are replaced."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from angelforge.plugins.tensorrt import gpu as gpus
 from angelforge.precision import Precision
 from angelforge.targets import get_target
 from angelforge.tools.cli import main
+from angelforge.tools.device_step import measure
 from angelforge.tools.device_step import run as module
-from angelforge.tools.device_step.measure import Figures, OperatorTime, first_run
+from angelforge.tools.device_step.measure import Figures, OperatorTime, measure_case
 from angelforge.tools.device_step.memory import Subject
 from angelforge.tools.device_step.model import DeviceModel
 from angelforge.tools.device_step.report import Report, make_row
@@ -38,6 +41,32 @@ def figures(case: Case, milliseconds: float, experts: int, **more: Any) -> Figur
     )
 
 
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture computes at once, a replay does nothing; every one takes 500 µs, a launch by itself 7."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            """Nothing is measured."""
+
+        synchronize = record
+
+        def elapsed_time(self, other: object) -> float:
+            return 0.5
+
+    class Graph:
+        def replay(self) -> None:
+            """What was captured stands."""
+
+    for name, value in (("Event", Event), ("CUDAGraph", Graph), ("graph", lambda graph: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(measure, "time_calls", lambda calls: Timing(7.0, 7.0, 0.0))
+
+
 def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of a small model; a case that fails ends the run with a sentence, figures before it stand."""
     launch = run_kernel.launch
@@ -49,16 +78,17 @@ def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.Mo
     def measured(model: DeviceModel, case: Case, rounds: int) -> Figures:
         if case.batch == 2:
             raise RuntimeError("CUDA error: an illegal memory access\nmore")
-        found = first_run(model, model.values(case), keep=False)
-        return Figures(case, Timing(500.0, 400.0, 0.1), found.experts, bool(found.logits.isfinite().all()), True)
+        return measure_case(model, case, rounds)
 
     monkeypatch.setattr(run_kernel, "launch", exact)
     monkeypatch.setattr(module, "measure_case", measured)
+    without_cuda(monkeypatch)
     monkeypatch.setattr(module, "free_bytes", lambda: 2_000_000_000)
     said: list[str] = []
-    subject = Subject(SMALL.with_layers(1), Precision.FP8, 65)
+    subject = Subject(SMALL.with_layers(1), Precision.FP8, 65, by_operator=True)
     cases = [Case(1, 65), Case(64, 10**6), Case(2, 3)]
-    report = run_kernels(MACHINE, subject, SMALL.num_hidden_layers, cases, 4, said.append)
+    machine = replace(MACHINE, gpu=Gpu("sm_90", 2))  # programs of a persistent kernel are interpreted one by one
+    report = run_kernels(machine, subject, SMALL.num_hidden_layers, cases, 4, said.append)
     [row] = report.rows
     assert (row.figures.case, row.figures.finite, row.tokens_per_second) == (Case(1, 65), True, 2000.0)
     assert report.problems == ["batch 2 at 3: CUDA error: an illegal memory access; the run ends here"]
@@ -69,6 +99,13 @@ def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.Mo
     assert "not measured: batch 64 at 1000000 needs" in table
     assert "wrong: batch 2 at 3: CUDA error" in table
     assert any("0.500 ms" in line for line in said)
+    found = row.figures
+    assert (found.repeatable, found.timing, tuple(found.logits.shape)) == (True, Timing(500.0, 500.0, 0.0), (1, 1024))
+    assert {item.operator: item.calls for item in found.operators} == {
+        "Embedding": 1, "NormQuantize": 1, "Fp8Linear": 3, "QKVPrepare": 1, "PagedAttention": 1, "Linear": 1,
+        "AttentionMergeQuantize": 1, "AddNormQuantize": 1, "Fp8GateUp": 1, "AddNorm": 1, "Gather": 2,
+    }  # fmt: skip
+    assert "| Fp8Linear | 3 | 21 | 21.4 % |" in table  # 14 launches of 7 µs
 
 
 def test_figures_follow_from_time_bytes_and_bandwidth() -> None:

@@ -147,8 +147,13 @@ def test_why_not_is_a_sentence(expected: Expected, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "load_library", missing)
     rows = [expected.before(CASES[0])]
     report = add_tensorrt(report_of(rows), FACTS, 1, lambda _: None)
-    assert (report.notes, report.problems) == (("Not through TensorRT: tensorrt is not installed.",), [])
+    assert (report.notes, report.problems) == (
+        ("Not through TensorRT: tensorrt is not installed. tensorrt-rtx is not installed.",),
+        [],
+    )
     assert report.notes[0] in report.markdown()
+    nowhere = Machine("NVIDIA A100", Gpu("sm_80", 108), None, 1.5e12, device="cpu")
+    assert "tensorrt-rtx" in add_tensorrt(replace(report_of(rows), machine=nowhere), FACTS, 1, lambda _: None).notes[0]
     failed = replace(report_of(rows), failed=["batch 1 at 100: CUDA error"])
     assert "Not tried through TensorRT" in add_tensorrt(failed, FACTS, 1, lambda _: None).notes[0]
 
