@@ -41,12 +41,12 @@ def decode_limit(
 ) -> DecodeLimit:
     """The limit at `batch` sequences that each hold `context` tokens; `kv_per_token` is that of one rank.
 
-    Read each step: all weights but the embedding and the rope tables (rows of them are looked up), of the routed
+    Read each step: all weights but the embedding and tables (rows of them are looked up), a draft's once, of the routed
     experts `experts` a layer (None: as many as random routing reaches), and the whole cache of every sequence. `sent`
     is what ranks tell each other.
     """
     per_rank = {item.kind: item.per_rank for item in weights}
-    always = sum(n for kind, n in per_rank.items() if kind not in (Kind.EMBEDDING, Kind.ROPE, Kind.ROUTED))
+    always = sum(n for kind, n in per_rank.items() if not kind.looked_up and kind is not Kind.ROUTED)
     touched = touched_experts(config, batch) if experts is None else experts
     routed = per_rank[Kind.ROUTED] * touched / config.num_experts
     nbytes = always + routed + batch * context * kv_per_token

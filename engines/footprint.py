@@ -31,11 +31,22 @@ class Kind(Enum):
     NORM = "norms"
     ROPE = "rope tables"
     DRAFT = "draft"
+    DRAFT_TABLES = "draft's tables"
 
     @property
     def split(self) -> bool:
         """Whether ranks share it: heads, intermediate widths and vocabulary are sliced, the rest is on every rank."""
-        return self not in (Kind.ROUTER, Kind.NORM, Kind.ROPE, Kind.DRAFT)
+        return self not in (Kind.ROUTER, Kind.NORM, Kind.ROPE) and not self.drafted
+
+    @property
+    def drafted(self) -> bool:
+        """Whether it belongs to the draft, which is whole on the first rank."""
+        return self in (Kind.DRAFT, Kind.DRAFT_TABLES)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether a step reads a few rows of it and not the whole."""
+        return self in (Kind.EMBEDDING, Kind.ROPE, Kind.DRAFT_TABLES)
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ def weight_bytes(
     return tuple(WeightBytes(kind, total, part[kind]) for kind, total in whole.items())
 
 
-def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> WeightBytes:
-    """Bytes of a draft's weights, all of them on the first rank: one Llama layer, `fc`, a head, tables of its own."""
+def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> tuple[WeightBytes, ...]:
+    """Bytes of a draft, all on the first rank: one Llama layer, `fc` and a head; tables of rotations and of its tokens."""
     d, hidden = draft, draft.hidden_size
     halves = 2 if precision.quantized else 1  # of the attention's input, which FP8 reads one by one
     layer = halves * _matmul(d.qkv_size, 2 * hidden // halves, precision)
@@ -69,8 +80,9 @@ def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> W
     layer += 2 * _matmul(d.intermediate_size, hidden, precision) + _matmul(hidden, d.intermediate_size, precision)
     norms = 4 + (len(d.capture_layers) if d.fc_norm else 0)
     plain = hidden * (d.captured_size + d.draft_vocab_size + norms) * precision.activation.itemsize
-    total = layer + plain + max_context * d.rotary_dim * _F32 + d.draft_vocab_size * DType.I64.itemsize
-    return WeightBytes(Kind.DRAFT, total, total)
+    tables = max_context * d.rotary_dim * _F32 + d.draft_vocab_size * DType.I64.itemsize
+    found = ((Kind.DRAFT, layer + plain), (Kind.DRAFT_TABLES, tables))
+    return tuple(WeightBytes(kind, nbytes, nbytes) for kind, nbytes in found)
 
 
 def draft_kv_bytes_per_token(draft: DraftConfig, dtype: DType) -> int:

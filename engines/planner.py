@@ -50,7 +50,7 @@ def _plan_once(request: PlanRequest) -> Plan:
     memory = _memory(request)
     weights = weight_bytes(c, request.precision, request.max_context, ranks)
     if request.draft is not None:
-        weights += (draft_bytes(request.draft, request.precision, request.max_context),)
+        weights += draft_bytes(request.draft, request.precision, request.max_context)
     per_rank = sum(item.per_rank for item in weights)
     part = rank_config(c, request.precision, ranks)
     activations = request.activations
@@ -60,8 +60,8 @@ def _plan_once(request: PlanRequest) -> Plan:
     left = memory - per_rank - activations - device
     kv = kv_bytes_per_token(part, dtype)
     page = kv * request.page_size + partial_bytes(part, request.page_size, 0)
-    if request.draft is not None:  # it has a page of its own for each of the target's
-        page += draft_kv_bytes_per_token(request.draft, dtype) * request.page_size
+    draft_kv = 0 if request.draft is None else draft_kv_bytes_per_token(request.draft, dtype)
+    page += draft_kv * request.page_size  # a draft has a page of its own for each of the target's
     pages = min(max(left, 0) // page, _LARGEST_SLOT // request.page_size)
     usable = max(pages - 1, 0)
     needed = memory - left + (_pages_of(request.max_context, request) + 1) * page
@@ -92,7 +92,7 @@ def _plan_once(request: PlanRequest) -> Plan:
         fits=fits,
         problem=None if fits else _problem(left, usable, needed, request),
         remedies=(),
-        limits=_limits(request, weights, kv),
+        limits=_limits(request, weights, kv + draft_kv),
     )
 
 

@@ -80,7 +80,7 @@ def print_comparison(plans: Sequence[Plan]) -> None:
 
 
 def _place(kind: Kind) -> str:
-    if kind is Kind.DRAFT:
+    if kind.drafted:
         return "on the first device"
     return "split" if kind.split else "on every device"
 

@@ -1,4 +1,4 @@
-"""The reference of a draft in FP8: rounded as `fp8_reference` rounds, in f64 between; no code of the product is in it."""
+"""The reference of a draft in FP8: rounded as `fp8_reference` rounds, in f64 between, with no code of the product."""
 
 from __future__ import annotations
 

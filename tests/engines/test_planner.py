@@ -163,7 +163,7 @@ def test_weights_by_kind_are_those_of_the_packer(
         quantization_config=FP8_BLOCK if precision is Precision.FP8 else None,
     )
     config = ModelConfig.from_dict(raw)
-    expected = dict.fromkeys((kind for kind in Kind if kind is not Kind.DRAFT), 0)
+    expected = dict.fromkeys((kind for kind in Kind if not kind.drafted), 0)
     for tensor in bundle_tensors(config, precision, 500):
         if isinstance(tensor.source, SameBytes):  # a tied head: the one table is counted as the head
             expected[Kind.EMBEDDING], expected[Kind.HEAD] = 0, expected[Kind.EMBEDDING]
@@ -300,7 +300,7 @@ def test_a_drafts_weights_are_those_of_the_bundle(changes: dict[str, Any]) -> No
     draft = draft_of(**changes)
     for precision in Precision:
         written = sum(math.prod(t.shape) * t.dtype.itemsize for t in draft_tensors(draft, precision, 4096))
-        assert draft_bytes(draft, precision, 4096).total == written
+        assert sum(item.total for item in draft_bytes(draft, precision, 4096)) == written
     assert draft_kv_bytes_per_token(draft, DType.BF16) == 2 * 2 * draft.num_key_value_heads * draft.head_dim
 
 
@@ -308,10 +308,12 @@ def test_a_draft_takes_weights_and_pages() -> None:
     """What it needs is missing from the target's cache: its weights once, and its keys and values for every page."""
     draft = draft_of()
     without, found = planned("h20-141g"), planned("h20-141g", draft=draft)
-    weights = draft_bytes(draft, Precision.FP8, FULL.max_context).total
-    assert without.left - found.left == weights
+    weights = draft_bytes(draft, Precision.FP8, FULL.max_context)
+    assert without.left - found.left == sum(item.total for item in weights)
     assert found.page_bytes - without.page_bytes == 64 * draft_kv_bytes_per_token(draft, DType.BF16)
-    assert found.weights[-1] == WeightBytes(Kind.DRAFT, weights, weights)
+    assert found.weights[-2:] == weights
+    cache = found.limits[0].context * draft_kv_bytes_per_token(draft, DType.BF16)
+    assert found.limits[0].bytes_per_step - without.limits[0].bytes_per_step == weights[0].total + cache
     assert found.pages < without.pages
 
 

@@ -18,6 +18,7 @@ from angelforge.engines.cpu import build_cpu
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.rank_graph import add_rank_graph
 from angelforge.exporter.synthetic import small_config, write_checkpoint
+from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
 from angelforge.precision import Precision
 from angelforge.tools.toy import DRAFT, MODEL
 
@@ -68,15 +69,19 @@ def test_four_ranks_compute_what_one_does(bundle: Bundle, tmp_path: Path) -> Non
 
 
 def test_fp8_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    """Scales are cut with their blocks. bf16 sums of parts are rounded here as f32, as all is that a CPU computes."""
+    """Scales are cut with their blocks; the FP8 draft is whole. Sums of parts are f32, as all is that a CPU computes."""
     sizes = {"head_dim": 128, "num_attention_heads": 4, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(**sizes), dtype="F32")
-    bundle = build(export(str(checkpoint), tmp_path / "bundle", ExportOptions(precision=Precision.FP8)), 2)
+    config = small_draft_config(small_config(**sizes), eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]})
+    draft = write_draft(tmp_path / "draft", checkpoint, config)
+    options = ExportOptions(precision=Precision.FP8, draft=str(draft))
+    bundle = build(export(str(checkpoint), tmp_path / "bundle", options), 2)
     onnx.checker.check_model(str(bundle.folder / "model.tp2.onnx"), full_check=True)  # other tools read it, too
     found, expected = shared(bundle, 2, tmp_path / "result.npz"), single(bundle)
     assert relative_error(found["logits"], expected["logits"]) < 1e-2  # one step of e4m3 somewhere is 6 %
     # The first rows, before any value of theirs has come to lie on another side of a step.
     assert relative_error(found["logits"][:4], expected["logits"][:4]) < 1e-5
+    assert found["proposed"] > 0
 
 
 def test_a_killed_rank_ends_the_group_and_is_named(bundle: Bundle, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from angelforge.config import ModelConfig
+from angelforge.draft_config import DraftConfig
 from angelforge.engines.plan_types import PlanRequest
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic import FULL_CONFIG, small_config, write_checkpoint
 from angelforge.exporter.synthetic_config import FP8_BLOCK
+from angelforge.exporter.synthetic_draft import FULL_DRAFT_CONFIG
 from angelforge.plugins import tuning
 from angelforge.plugins.kernel import Tile
 from angelforge.plugins.tuning import Row
@@ -191,6 +193,24 @@ def test_sizes_that_are_served_slowly_are_noted(tmp_path: Path) -> None:
         "note: h20: served, but slowly: hidden_size 4160"
         in run(changed(tmp_path, hidden_size=4160), "--target", "h20", "--precision", "fp8").output
     )
+
+
+def test_a_drafts_operators_are_asked_too(tmp_path: Path) -> None:
+    """What no kernel serves is refused with the draft's layer and operator; what is slow is noted as the draft's."""
+    config = ModelConfig.load(changed(tmp_path)).with_layers(2)
+    captured = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}
+
+    def note(ranks: int = 1, **keys: Any) -> str | None:
+        draft = DraftConfig.from_dict({**FULL_DRAFT_CONFIG, **captured, **keys}, config)
+        h20 = get_target("h20")
+        return check_operators(PlanRequest(config, Precision.FP8, h20, 4096, draft=draft, tensor_parallel=ranks))
+
+    assert note() is None and note(2) is None
+    with pytest.raises(AngelForgeError, match=r"draft/midlayer/self_attn.*\(QKVRotate\).*head_dim 48"):
+        note(head_dim=48)
+    slow = note(2, intermediate_size=14400, head_dim=64, num_attention_heads=33, num_key_value_heads=3) or ""
+    assert "the draft's num_attention_heads × head_dim 2112 is no multiple of 128" in slow
+    assert "the draft's intermediate_size 14400 is no multiple of 128" in slow
 
 
 def test_a_tuned_tile_that_no_kernel_takes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
