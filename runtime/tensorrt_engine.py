@@ -33,11 +33,17 @@ from angelforge.tensorfile import TensorInfo
 
 
 @dataclass(frozen=True)
-class OtherWeights:
-    """Weights that come from elsewhere than the bundle's files: a benchmark makes them on the device."""
+class WeightSource:
+    """Where weights come from: the bundle's files, or a benchmark that makes them on the device."""
 
     tensors: Mapping[str, TensorInfo]  # names, types and shapes, each with an origin of its own
     make: Callable[[WeightLayout, Device], DeviceWeights]
+
+    @classmethod
+    def files(cls, bundle: Bundle, report: Progress | None) -> WeightSource:
+        """The bundle's; raises AngelForgeError where it has none."""
+        bundle.require_weights()
+        return cls(bundle.tensors, lambda layout, device: load_weights(layout, device, report))
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class EngineOptions:
     rank: int | None = None  # the graph's input of that name, where several ranks share the model
     cuda_graphs: bool = True  # decoding is captured
     report: Progress | None = None  # of the weights
-    weights: OtherWeights | None = None  # in place of the bundle's
+    weights: WeightSource | None = None  # in place of the bundle's
 
 
 class TensorRTEngine:
@@ -64,8 +70,7 @@ class TensorRTEngine:
         self, bundle: Bundle, opened: OpenedEngine, library: Library, device: Device, options: EngineOptions
     ) -> None:
         """Raises AngelForgeError where weights, memory or TensorRT do not allow it; a short device is told at once."""
-        if options.weights is None:
-            bundle.require_weights()
+        source = options.weights or WeightSource.files(bundle, options.report)
         manifest, profiles = bundle.manifest, opened.profiles
         self.config: ModelConfig = manifest.model
         self.page_size, self.max_context = manifest.page_size, manifest.max_context
@@ -81,8 +86,7 @@ class TensorRTEngine:
         session = TensorrtSession(library, opened.plan, options.on_context)
         more = () if options.rank is None else ("rank",)
         bindings = session.bindings(more, ("logits",) if manifest.draft is None else ("draft_hidden", "logits"))
-        tensors = bundle.tensors if options.weights is None else options.weights.tensors
-        layout = place_weights(tensors, bindings.weights, options.slices)
+        layout = place_weights(source.tensors, bindings.weights, options.slices)
         largest = self.largest = largest_of(profiles)
         states = StatePlan.of(bindings, largest)
         self._states_plan = states
@@ -94,10 +98,7 @@ class TensorRTEngine:
         wish = PoolWish(options.num_pages, options.kv_memory, useful, profiles[-1].pages.most)
         pages = choose_pages(needs, device.free_bytes(), wish)
         self.num_pages = pages if options.agree is None else options.agree(pages)
-        if options.weights is None:
-            self.weights = load_weights(layout, device, options.report)
-        else:
-            self.weights = options.weights.make(layout, device)
+        self.weights = source.make(layout, device)
         self.activations = device.allocate(activations)
         self._pools, self._pool_tensors = allocate_pools(device, bindings.pools, self.num_pages), bindings.pools
         logits = bindings.outputs["logits"]

@@ -18,7 +18,7 @@ from angelforge.plugins.tensorrt.library import Flavour, Library, load_library
 from angelforge.runtime.batch import Batch
 from angelforge.runtime.device import Device, open_device
 from angelforge.runtime.device_weights import DeviceWeights
-from angelforge.runtime.tensorrt_engine import EngineOptions, OtherWeights, TensorRTEngine
+from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine, WeightSource
 from angelforge.runtime.tensorrt_loading import register_plugins
 from angelforge.runtime.weight_layout import WeightLayout
 from angelforge.targets import Target
@@ -128,7 +128,7 @@ def random_engine(
     options = EngineOptions(
         num_pages=_pages(cases),
         max_batch=max(case.batch for case in cases),
-        weights=OtherWeights(_as_if_in_a_file(shapes), make),
+        weights=WeightSource(_as_if_in_a_file(shapes), make),
     )
     engine = TensorRTEngine(bundle, opened, library, device, options)
     fill_pools(list(engine.pools.values()), subject.seed)
