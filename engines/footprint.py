@@ -72,7 +72,7 @@ def weight_bytes(
 
 
 def draft_bytes(draft: DraftConfig, precision: Precision, max_context: int) -> tuple[WeightBytes, ...]:
-    """Bytes of a draft, all on the first rank: one Llama layer, `fc` and a head; tables of rotations and of its tokens."""
+    """Bytes of a draft, all on the first rank: a layer, `fc` and a head; tables of rotations and of its tokens."""
     d, hidden = draft, draft.hidden_size
     halves = 2 if precision.quantized else 1  # of the attention's input, which FP8 reads one by one
     layer = halves * _matmul(d.qkv_size, 2 * hidden // halves, precision)

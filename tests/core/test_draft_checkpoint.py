@@ -1,17 +1,24 @@
 """A draft's checkpoint: headers against its configuration, and its vocabulary against itself."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from angelforge.checkpoint import Checkpoint
+from angelforge.config import Quantization
 from angelforge.draft_checkpoint import DraftCheckpoint
+from angelforge.draft_config import DraftConfig
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic import small_config, write_checkpoint
+from angelforge.exporter.synthetic_config import FP8_BLOCK
 from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
 
 SMALL = small_config(
@@ -71,6 +78,47 @@ def test_damage_is_told(tmp_path: Path, target: Path, damage: Callable[[Tensors]
     tensors = load_file(draft / "model.safetensors")
     damage(tensors)
     save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(AngelForgeError) as caught:
+        opened(draft, target)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("fc", ["F8_E4M3", "BF16"])
+def test_an_fp8_draft_is_accepted(tmp_path: Path, target: Path, fc: str) -> None:
+    """Its layer is e4m3 with scales, `fc` may be."""
+    draft = write_draft(tmp_path / "draft", target, dtype="FP8")
+    if fc == "BF16":
+        tensors = load_torch(draft / "model.safetensors")
+        del tensors["fc.weight_scale_inv"]
+        tensors["fc.weight"] = tensors["fc.weight"].bfloat16()
+        save_torch(tensors, draft / "model.safetensors")
+    found = opened(draft, target)
+    assert found.config.quantization == Quantization()
+    assert found.tensors["fc.weight"].dtype.value == fc
+    assert found.tensors["midlayer.mlp.down_proj.weight"].dtype.value == "F8_E4M3"
+    assert DraftConfig.from_saved(json.loads(json.dumps(found.config.to_dict()))) == found.config
+
+
+@pytest.mark.parametrize(
+    ("stored", "keys", "said"),
+    [
+        ("FP8", {"quantization_config": None}, "They are FP8, but config.json has no quantization_config"),
+        ("BF16", {"quantization_config": FP8_BLOCK}, "config.json says FP8, but no tensor is"),
+        ("FP8", {"quantization_config": {**FP8_BLOCK, "quant_method": "awq"}}, "quant_method"),
+        ("FP8", {"quantization_config": {**FP8_BLOCK, "weight_block_size": [1, 128]}}, "weight_block_size"),
+        ("FP8 head", {}, "lm_head.weight is F8_E4M3, expected BF16 or F16 or F32"),
+    ],
+)
+def test_other_fp8_drafts_are_refused(
+    tmp_path: Path, target: Path, stored: Any, keys: dict[str, Any], said: str
+) -> None:
+    draft = write_draft(tmp_path / "draft", target, dtype=stored.removesuffix(" head"))
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**config, **keys}))
+    if stored == "FP8 head":
+        tensors = load_torch(draft / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+        save_torch(tensors, draft / "model.safetensors")
     with pytest.raises(AngelForgeError) as caught:
         opened(draft, target)
     assert said in str(caught.value)

@@ -1,6 +1,7 @@
 """Drafts in FP8: stored as the rule says, computed as it rounds, taken over from FP8 checkpoints; outputs stay."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from support.built import relative_error
 from support.bundles import folder_tensors
 
@@ -26,9 +28,17 @@ from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.validate.draft_reference import DraftReference, DraftStep, load_draft_reference
 from angelforge.runtime.validate.fp8_draft_reference import load_fp8_draft_reference
 from angelforge.runtime.validate.plain_checkpoint import checkpoint_tensors
+from angelforge.tools.cli import main
 from angelforge.tools.toy import DRAFT, MODEL
 
 ATTENTION, MLP = "midlayer.self_attn.", "midlayer.mlp."
+QUANTISED = {
+    "NormQuantize": 2,  # token, state
+    "Fp8Linear": 4,  # q, k and v of each; o; down
+    "AttentionMergeQuantize": 1,
+    "AddNormQuantize": 1,
+    "Fp8GateUp": 1,
+}
 Sizes = dict[str, Any]
 #: Target and draft: whole blocks but for k and v, which share one; nothing a multiple of anything; FP8 as it comes.
 PAIRS: dict[str, tuple[Sizes, Sizes, Any]] = {
@@ -102,7 +112,11 @@ def test_the_bundle_says_so(pair: Pair) -> None:
     counted = sum(codes.size for _, codes, _ in expected_weights(folder_tensors(pair.folder)))
     quantised_here = "quantization_config" not in json.loads((pair.folder / "config.json").read_text())
     assert kinds.get("draft", {}).get("weights") == (counted if quantised_here else None)
-    onnx.checker.check_model(str(pair.bundle.folder / "draft.onnx"), full_check=True)
+    path = str(pair.bundle.folder / "draft.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    assert {name: count for name, count in found.items() if "Quantize" in name or "Fp8" in name} == QUANTISED
+    assert found["Linear"] == 1  # the head
 
 
 def steps(pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray], list[DraftStep], np.ndarray]:
@@ -188,7 +202,7 @@ def test_a_weight_that_is_no_number_is_named_in_its_own_tensor(tmp_path: Path) -
 
 
 def test_the_output_is_that_without_a_draft(tmp_path: Path) -> None:
-    """The toy in FP8, greedily and for several calls at once; its quantised draft is still right."""
+    """The toy in FP8, greedily and for several calls at once; its quantised draft is still right, and validated."""
     bundle = export(str(MODEL), tmp_path / "bundle", ExportOptions(precision=Precision.FP8, draft=str(DRAFT)))
     build_cpu(bundle)
     calls = ["I have a cough for 4 days. I am 34 years old.", "What is triage?", "My chest hurts. I am 61."]
@@ -198,5 +212,7 @@ def test_the_output_is_that_without_a_draft(tmp_path: Path) -> None:
             prompts = [llm.chat_prompt([{"role": "user", "content": call}]) for call in calls]
             told.append([out.token_ids for out in llm.generate(prompts, SamplingParams(max_tokens=40))])
             report = llm.speculation
+    result = CliRunner().invoke(main, ["validate", str(bundle.folder), "--draft", "--random", "1", "--length", "30"])
+    assert result.exit_code == 0, result.output
     assert told[0] == told[1]
     assert report is not None and report.accepted_length is not None and report.accepted_length > 3

@@ -69,7 +69,7 @@ def test_four_ranks_compute_what_one_does(bundle: Bundle, tmp_path: Path) -> Non
 
 
 def test_fp8_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    """Scales are cut with their blocks; the FP8 draft is whole. Sums of parts are f32, as all is that a CPU computes."""
+    """Scales are cut with their blocks; the FP8 draft is whole. Sums of parts are f32, as all that a CPU computes."""
     sizes = {"head_dim": 128, "num_attention_heads": 4, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(**sizes), dtype="F32")
     config = small_draft_config(small_config(**sizes), eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]})
