@@ -71,8 +71,8 @@ def add_tensorrt(report: Report, facts: GpuFacts, rounds: int, say: Say) -> Repo
     torch.cuda.empty_cache()
     try:
         found = measure_through_tensorrt(facts, report.machine, report.subject, measured, rounds, say)
-    except AngelForgeError as error:
-        return replace(report, notes=(f"Not through TensorRT: {error}",))
+    except (AngelForgeError, RuntimeError, OSError) as error:  # the kernels' figures stand, whatever happens here
+        return replace(report, notes=(f"Not through TensorRT: {_first_line(error)}",))
     rows = [make_row(report.subject, report.all_layers, report.machine, figures) for figures in found]
     return replace(report, rows=[*report.rows, *rows])
 

@@ -47,6 +47,7 @@ def measure_through_tensorrt(
 
     Raises:
         AngelForgeError: there is no TensorRT, it does not build or run this engine, or memory does not suffice.
+        RuntimeError: torch or CUDA fail.
     """
     library = find_library(machine)
     cases = [figures.case for figures in measured]
@@ -63,8 +64,6 @@ def measure_through_tensorrt(
             found.append(measure_engine(engine, subject, before, rounds, elapsed))
             say(f"{library.title}, {before.case}: {found[-1].timing.median / 1000:.3f} ms")
         return found
-    except RuntimeError as error:
-        raise AngelForgeError(f"{library.title} failed: {(str(error).splitlines() or ['?'])[0]}.") from error
     finally:
         engine.close()
 

@@ -138,6 +138,18 @@ def test_other_results_are_told(expected: Expected) -> None:
     assert "through TensorRT: logits differ from the kernels'" in report.problems[0]
 
 
+@pytest.mark.usefixtures("tensorrt")
+def test_a_failure_leaves_the_figures_of_the_kernels(expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is gone in the midst of loading, as torch tells it."""
+
+    def fail(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, "random_engine", fail)
+    report = add_tensorrt(report_of([expected.before(CASES[0])]), FACTS, 1, lambda _: None)
+    assert (len(report.rows), report.notes) == (1, ("Not through TensorRT: CUDA out of memory.",))
+
+
 def test_why_not_is_a_sentence(expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of the kernels stand."""
 
