@@ -23,8 +23,10 @@ PROGRAM = ROOT / "tests" / "support" / "api_names.py"
 FILES = [
     *sorted((ROOT / "plugins" / "tensorrt").glob("*.py")),
     *sorted((ROOT / "engines").glob("tensorrt_*.py")),
+    ROOT / "engines" / "preflight.py",
     # The others call these.
     *(ROOT / "runtime" / f"tensorrt_{name}.py" for name in ("session", "bindings", "ranks")),
+    ROOT / "tools" / "deep_steps.py",
 ]
 
 # Only TensorRT for RTX builds for a named architecture, and only TensorRT 11 has ahead-of-time plugins. The code that

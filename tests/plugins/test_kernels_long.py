@@ -1,5 +1,7 @@
 """The longest calls: 131,072 keys of a sequence, and 8192 tokens of a step, with few and small heads and experts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.attention import Inputs, attend
@@ -96,3 +98,30 @@ def test_routing_of_8192_tokens() -> None:
     np.testing.assert_allclose(weights, body[1], rtol=1e-5)
     np.testing.assert_array_equal(bits, expert_tokens(ids, experts + 1))
     assert (ids[real:] == -1).all()
+
+
+@pytest.mark.full
+def test_a_prompt_of_8192_tokens() -> None:
+    """In one call, beside a sequence that is decoded, an empty one and 60 padding rows."""
+    rng, prompt = np.random.default_rng(2), TOKENS - 61
+    counts = np.array([prompt, 1, 0])
+    inputs = decoding([prompt, 70, 1], rng)
+    lengths = np.array([prompt, 70, 0], np.int32)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    positions = np.concatenate([np.arange(prompt), [69], np.zeros(60)]).astype(np.int32)
+    query = rng.standard_normal((TOKENS, HEADS, DIM)).astype(np.float32)
+    packed = [query, inputs.kv_cache, inputs.page_table, starts, lengths, positions]
+    tensors = [to_torch(array) for array in packed]
+    attributes = {"scale": 0.25, "split_length": SPLIT_LENGTH, "split_queries": SPLIT_QUERIES}
+    parts = run_interpreted(ATTENTION, tensors, attributes, gpu=FEW_SMS, profile_tokens=TOKENS)
+    merging = [*parts, *tensors[3:5]]
+    (merged,) = run_interpreted(MERGE, merging, {"split_length": SPLIT_LENGTH}, gpu=FEW_SMS, profile_tokens=TOKENS)
+    found = to_numpy(merged).reshape(TOKENS, HEADS, DIM)
+    whole = replace(inputs, kv_length=lengths)
+    for row, own in ((0, slice(0, prompt)), (1, slice(prompt, prompt + 1))):
+        keys, values = whole.keys_and_values(row)
+        for first in range(own.start, own.stop, 512):
+            part = slice(first, min(first + 512, own.stop))
+            seen = np.arange(keys.shape[1]) <= positions[part, None]
+            np.testing.assert_allclose(found[part], attend(query[part], keys, values, seen, 0.25), rtol=0, atol=1e-5)
+    assert (found[prompt + 1 :] == 0).all()
