@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ FILES = [
     ROOT / "engines" / "preflight.py",
     # The others call these.
     *(ROOT / "runtime" / f"tensorrt_{name}.py" for name in ("session", "bindings", "ranks")),
-    ROOT / "tools" / "deep_steps.py",
 ]
+DEEP = ROOT / "tools" / "deep_steps.py"  # loads plans with TensorRT itself
 
 # Only TensorRT for RTX builds for a named architecture, and only TensorRT 11 has ahead-of-time plugins. The code that
 # uses either asks first which library it has.
@@ -55,10 +56,10 @@ def for_rtx() -> dict[str, dict[str, str]]:
     return names_of(rtx().api.__name__, None)
 
 
-def attributes_used() -> set[str]:
+def attributes_used(files: Sequence[Path] = (*FILES, DEEP)) -> set[str]:
     """Every name that stands behind a dot, or is defined as a method (TensorRT's callbacks), in the files."""
     found = set()
-    for file in FILES:
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
                 found.add(node.attr)
@@ -106,7 +107,7 @@ def test_the_stand_in_is_called_as_tensorrt_is(for_rtx: Any, eleven: Any, kind: 
     """What tests of the runtime use in TensorRT's place has its methods, with its names of arguments in its order."""
     classes = vars(tensorrt_on_cpu) | vars(tensorrt_on_cpu.make_library(()).api)
     methods = {name: member for name, member in vars(classes[kind]).items() if name[0] != "_"}
-    called = {name: member for name, member in methods.items() if name in attributes_used()}
+    called = {name: member for name, member in methods.items() if name in attributes_used(FILES)}
     assert called
     for name, member in called.items():
         for library in (for_rtx, eleven):
