@@ -33,6 +33,9 @@ from angelforge.tools.kernel_bench.work import Work
 
 FEW_SMS = Gpu("sm_90", 3)
 CASE = Case(2, 300)  # two parts of each sequence's keys, a last page that is not full
+COSINE = (
+    0.99  # found: 0.9993 in fp8; the limits of `validate` are for deep models, which amplify every step of rounding
+)
 PRECISIONS = [Precision.FP8, pytest.param(Precision.BF16, marks=pytest.mark.full)]
 
 
@@ -103,7 +106,7 @@ def test_the_step_agrees_with_the_judge(ran: Ran) -> None:
     with judge:
         outputs = judge.infer(feed)
     logits = to_numpy(ran.first.logits)
-    assert difference(logits, outputs["logits"]).cosine >= limits.cosine
+    assert difference(logits, outputs["logits"]).cosine >= COSINE
     rows = logit_rows(logits, outputs["logits"], tuple((i, CASE.context - 1) for i in range(CASE.batch)))
     assert np.mean([row.kl for row in rows]) <= limits.kl
     for layer in range(2):
@@ -111,7 +114,7 @@ def test_the_step_agrees_with_the_judge(ran: Ran) -> None:
         wanted, found = outputs[f"kv_cache_out.{layer}"], to_numpy(ran.model.pools[name].float())
         page, offset = slots // PAGE_SIZE, slots % PAGE_SIZE
         result = difference(found[page, :, :, offset], np.asarray(wanted)[page, :, :, offset])
-        assert result.relative_error <= limits.first_cache if layer == 0 else result.cosine >= limits.cosine
+        assert result.relative_error <= limits.first_cache if layer == 0 else result.cosine >= COSINE
         found[page, :, :, offset] = wanted[page, :, :, offset]
         assert np.array_equal(found, wanted)  # nothing else was written
 
