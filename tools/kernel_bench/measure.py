@@ -89,8 +89,9 @@ def measure(work: Work, machine: Machine, seed: int, check_ptx: bool) -> Measure
     verdict = check(work, inputs, by_torch(work, inputs), tile, machine.gpu)
     same = ptx_equals_triton(work, inputs, tile, machine.gpu) if check_ptx else None
     cost = cost_of(work, experts_used(work, inputs))
-    timing = time_work(work, rotation(work, inputs, cost, seed), tile, machine.gpu)
-    beside = _time_rival(work, inputs)
+    sets = rotation(work, inputs, cost, seed)
+    timing = time_work(work, sets, tile, machine.gpu)
+    beside = _time_rival(work, sets)
     seconds = timing.median * 1e-6
     target = machine.target
     peak = None if target is None else peak_flops(work, target)
@@ -110,13 +111,17 @@ def measure(work: Work, machine: Machine, seed: int, check_ptx: bool) -> Measure
     )
 
 
-def _time_rival(work: Work, inputs: Tensors) -> tuple[str, float] | None:
-    """Plain torch's name and µs; None where there is nothing alike, or torch has no kernel for it on this GPU."""
-    other = rival(work, dict(zip((port.name for port in work.operator.inputs), inputs, strict=True)))
-    if other is None:
+def _time_rival(work: Work, sets: Sequence[Tensors]) -> tuple[str, float] | None:
+    """Plain torch's name and µs on the same sets of inputs; None where there is nothing alike, or torch has no kernel
+    for it on this GPU.
+    """
+    ports = [port.name for port in work.operator.inputs]
+    found = [rival(work, dict(zip(ports, inputs, strict=True))) for inputs in sets]
+    calls = [other[1] for other in found if other is not None]
+    if found[0] is None:
         return None
     try:
-        return other[0], time_calls([other[1]]).median
+        return found[0][0], time_calls(calls).median
     except RuntimeError:
         return None
 
