@@ -23,7 +23,8 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:
 table{border-collapse:collapse}td,th{padding:2px 12px 2px 0;text-align:left}th{border-bottom:1px solid #999}
 .chain{display:flex;flex-wrap:wrap;align-items:center;gap:4px}.chain>span{color:#888}
 .box{border:1px solid #4e79a7;border-radius:4px;padding:2px 8px;background:#f2f6fa}.box small{display:block;color:#555}
-.legend span{margin-right:1.2em}.legend i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
+.legend span{margin-right:1.2em;display:inline-block}
+.legend i{display:inline-block;width:.9em;height:.9em;margin-right:.3em}
 """
 
 Step = tuple[str, str]  # operator, shape of its first output
@@ -60,7 +61,7 @@ def structure(model: ir.Model) -> list[tuple[str, tuple[Step, ...]]]:
     found = []
     for steps, group in groupby(chains, key=lambda chain: chain[1]):
         places = [place for place, _ in group]
-        found.append((places[0] if len(places) == 1 else f"{places[0]} … {places[-1]}", steps))
+        found.append((places[0] if places[0] == places[-1] else f"{places[0]} … {places[-1]}", steps))
     return found
 
 
@@ -82,7 +83,7 @@ def _draft(bundle: Bundle) -> Iterable[str]:
 def _place(name: str) -> str:
     """`layer 3` for a node of model.layers.3, else the module below the model; nodes of no module stand together."""
     parts = name.split("/")
-    if len(parts) == 1:
+    if len(parts) == 1 or (len(parts) == 2 and parts[0] == "model"):  # the Gathers, which stand in no module
         return "rows that want logits"
     layer = next((part for part in parts if part.startswith("layers.")), None)
     return f"layer {layer.removeprefix('layers.')}" if layer else parts[1] if parts[0] == "model" else parts[0]

@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac")
+# Okabe and Ito's, told apart with any colour vision (jfly.uni-koeln.de/color), then a grey and three tints.
+COLOURS: tuple[str, ...] = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#56b4e9",
+    "#cc79a7",
+    "#f0e442",
+    "#000000",
+    "#999999",
+)
+COLOURS += ("#7b4ea3", "#8c5e2a", "#c8e0f0")
 
 
 @dataclass(frozen=True)

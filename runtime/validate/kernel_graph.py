@@ -148,14 +148,22 @@ def _lent(array: Array) -> Array:
     return view
 
 
+def _is_lent(array: Array) -> bool:
+    """Whether the array is a view that `_lent` has made."""
+    owner = array.base
+    if not isinstance(owner, np.ndarray) or array.flags.writeable or not owner.flags.writeable:
+        return False
+    return (owner.shape, owner.dtype, owner.strides) == (array.shape, array.dtype, array.strides)
+
+
+def _owner(array: Array) -> Array:
+    assert array.base is not None
+    return array.base
+
+
 def _to_torch(torch: Any, array: Array) -> Any:
     """A tensor of the array's type, in memory of its own but for weights: those are a layer's memory."""
-    owner = array.base
-    lent = isinstance(owner, np.ndarray) and not array.flags.writeable and owner.flags.writeable
-    if lent and (owner.shape, owner.dtype, owner.strides) == (array.shape, array.dtype, array.strides):
-        array = owner
-    else:
-        array = np.array(array, order="C")
+    array = _owner(array) if _is_lent(array) else np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     if array.dtype == ml_dtypes.float8_e4m3fn:

@@ -17,9 +17,13 @@ def curves(lines: Sequence[Sequence[tuple[float, float]]], width: int = 900, hei
     first, span, top = min(scale), max(max(scale) - min(scale), 1e-9), max(max(y for _, y in points), 1e-9)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return 40 + (math.log2(x) - first) / span * (width - 80), height - 24 - y / top * (height - 44)
+        return 40 + (math.log2(x) - first) / span * (width - 130), height - 24 - y / top * (height - 44)
 
     shapes = []
+    for share in (0.0, 0.5, 1.0):
+        y = place(points[0][0], share * top)[1]
+        shapes.append(f'<line x1="40" x2="{width - 90}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        shapes.append(f'<text x="36" y="{y + 4:.1f}" text-anchor="end">{share * top:.3g}</text>')
     for number, line in enumerate(lines):
         places = [place(x, y) for x, y in sorted(line)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -31,5 +35,5 @@ def curves(lines: Sequence[Sequence[tuple[float, float]]], width: int = 900, hei
             )
     for x in sorted({x for x, _ in points}):
         shapes.append(f'<text x="{place(x, 0)[0]:.1f}" y="{height - 6}" text-anchor="middle">{x:g}</text>')
-    shapes.append(f'<text x="4" y="14">{top:.3g}</text>')
+    shapes.append(f'<text x="{width - 2}" y="{height - 6}" text-anchor="end">clients</text>')
     return f'<svg width="{width}" height="{height}" role="img">{"".join(shapes)}</svg>'
