@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -21,7 +22,7 @@ Health = Literal["ok", "draining", "failing", "ended"]
 
 _FAILING = 3  # failed steps in a row from which on the service does not call itself healthy
 _PAUSE = 0.02  # seconds until a scheduler that had nothing to do is asked again while requests are open
-_ENDED = "The engine's thread has ended. Look at the server's standard error, and start it again."
+ENDED = "The engine's thread has ended. Look at the server's standard error, and start it again."
 _STOPPED = "The server is shutting down."
 
 
@@ -65,6 +66,7 @@ class Service:
         self._open: dict[Call, None] = {}  # in the order they came
         self._idle = asyncio.Event()
         self._idle.set()
+        self.crashed = asyncio.Event()  # set when the thread has ended without being told to
         self._loop: asyncio.AbstractEventLoop | None = None
         # A daemon: a process that is told to end twice does not wait for a step.
         self._thread = threading.Thread(target=self._run, name="angelforge-engine", daemon=True)
@@ -95,7 +97,7 @@ class Service:
         are taken.
         """
         if self._draining or self._ended:
-            raise UnavailableError(_ENDED if self._ended else _STOPPED)
+            raise UnavailableError(ENDED if self._ended else _STOPPED)
         if self.open_requests + len(work) > self.max_requests:
             raise BusyError(f"{self.open_requests} requests are open, and {self.max_requests} may be. Try again later.")
         call = Call(self.llm, work, self._cancel)
@@ -103,7 +105,7 @@ class Service:
         self._idle.clear()
         if not self._send(call, None, adding=True):
             del self._open[call]
-            raise UnavailableError(_ENDED)
+            raise UnavailableError(ENDED)
         return call
 
     async def drain(self, seconds: float) -> None:
@@ -161,12 +163,15 @@ class Service:
         finally:
             with self._wake:
                 self._ended = True
+                crashed = not self._stopping
                 calls.update((call, None) for call, _, adding in self._inbox if adding)
             # Only after a bug or a lack of memory, which Python tells, is anything open here: what the stepper thinks
             # of it is not to be trusted any more.
             for request in (request for call in calls for request in call.requests):
-                request.end("error", _ENDED)
+                request.end("error", ENDED)
             self._publish(calls, [])
+            if crashed:
+                self._in_loop(self.crashed.set)
 
     def _take(self, calls: dict[Call, None]) -> bool:
         """Waits until there is something to do and takes what has come in; False to stop."""
@@ -219,9 +224,11 @@ class Service:
         for call, _ in news:
             if all(request.finished for request in call.requests):
                 del calls[call]
-        if (news or steps) and self._loop is not None:
+        if news or steps:
             told = _News(news, steps, perf_counter(), Load.of(self.llm))
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, told)
-            except RuntimeError:  # the event loop was closed first: nobody is left who could be told
-                return
+            self._in_loop(lambda: self._deliver(told))
+
+    def _in_loop(self, tell: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the event loop was closed first: nobody is left who could be told
+                self._loop.call_soon_threadsafe(tell)

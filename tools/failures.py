@@ -128,7 +128,8 @@ def _noticing(interrupts: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is note:  # a server that was told to end listens to no more
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

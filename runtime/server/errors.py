@@ -64,7 +64,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        message, param = describe(error.errors())
+        message, param = describe(error.errors(), error.body)
         return error_response(400, message, param)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
@@ -80,16 +80,54 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, bug)
 
 
-def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """(a sentence about the first thing that is wrong, the field) of what pydantic found. Never quotes the input."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if place[:1] == ["prompt"]:  # one of several forms, each of which has its own error
+def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """(a sentence about the first thing that is wrong, the field) of what pydantic found in `body`.
+
+    Never quotes the input.
+    """
+    place, told = _of_the_form_that_was_meant(errors, body)
+    if place[:1] == ("prompt",):  # one of several forms, each of which has its own error
         return "prompt: a text, a list of texts, a list of token ids or a list of such lists is expected.", "prompt"
-    param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
+    param = ".".join(map(str, place)) or None
+    if told[0]["type"] == "extra_forbidden":
         return f"Unrecognized request argument supplied: {param}.", param
-    if first["type"] == "json_invalid":
+    if told[0]["type"] == "json_invalid":
         return "The body is not valid JSON.", None
-    text = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    texts = dict.fromkeys(str(each["msg"]).removeprefix("Value error, ").rstrip(".") for each in told)
+    text = " or ".join(texts).replace(" or Input should be ", " or ")
     return (f"{param}: {text}." if param else f"The body: {text}."), param
+
+
+def _of_the_form_that_was_meant(
+    errors: Sequence[Mapping[str, Any]], body: Any
+) -> tuple[tuple[str | int, ...], list[Mapping[str, Any]]]:
+    """(the field, errors there) of the first of pydantic's errors.
+
+    A field that may have several forms has errors of each, with the form's name in their places: those count that were
+    found deepest within the field.
+    """
+    places = [_place_in(error, body) for error in errors]
+    first, branching = places[0]
+    if branching is None:
+        return first, [errors[0]]
+    field = first[:branching]
+    depth = max(len(place) for place, _ in places if place[:branching] == field)
+    deepest = next(place for place, _ in places if place[:branching] == field and len(place) == depth)
+    return deepest, [error for error, (place, _) in zip(errors, places, strict=True) if place == deepest]
+
+
+def _place_in(error: Mapping[str, Any], body: Any) -> tuple[tuple[str | int, ...], int | None]:
+    """(the names and indices of an error's place that the body has, how many come before the name of a form)."""
+    place: list[str | int] = []
+    branching: int | None = None
+    parts = [part for part in error["loc"] if part != "body"]
+    for number, part in enumerate(parts):
+        if isinstance(body, Mapping) and (part in body or (number == len(parts) - 1 and error["type"] == "missing")):
+            place.append(part)
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            place.append(part)
+            body = body[part]
+        elif branching is None:
+            branching = len(place)
+    return tuple(place), branching

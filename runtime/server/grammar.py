@@ -32,7 +32,7 @@ class Grammar:
             raise ApiError(400, f"This model cannot be held to a grammar: {vocabulary.problem}.", param)
         failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(source, vocabulary.guide)
         if failed:
-            raise ApiError(400, f"{param} cannot be followed: {told[0].splitlines()[0].rstrip('.')}.", param)
+            raise ApiError(400, f"{param} cannot be followed: {_reason(told[0])}.", param)
         self._matcher = llguidance.LLMatcher(vocabulary.guide, source, log_level=0)
         self._words = -(-vocabulary.size // 32)
 
@@ -103,5 +103,13 @@ def _refused(param: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")[:200]
-        raise ApiError(400, f"{param} cannot be followed: {reason}.", param) from None
+        raise ApiError(400, f"{param} cannot be followed: {_reason(str(error))}.", param) from None
+
+
+def _reason(told: str) -> str:
+    """The first line, and what the last says where that is the error that the first announces."""
+    lines = told.splitlines()
+    reason = lines[0].rstrip(".: ")
+    if len(lines) > 1 and lines[-1].startswith("error: "):
+        reason += ": " + lines[-1].removeprefix("error: ").rstrip(".")
+    return reason[:300]

@@ -12,13 +12,15 @@ from threading import current_thread, main_thread
 
 import uvicorn
 
-from angelforge.errors import UsageError
+from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.server.app import create_app
 from angelforge.runtime.server.options import ServerOptions
+from angelforge.runtime.service import ENDED
 
 _KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
 _LAST_WORDS = 1  # second for the same when the server is told twice
+_ENGINE_GONE = 2.0  # seconds in which a server without an engine says so before it ends
 _AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut
 
 
@@ -44,13 +46,26 @@ class Server(uvicorn.Server):
         self.url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
     async def run_until_told(self, listening: Callable[[], None] | None = None) -> None:
-        """Serves until SIGTERM, SIGINT or `tell_to_end`; `listening` is called once requests are answered."""
+        """Serves until SIGTERM, SIGINT or `tell_to_end`; `listening` is called once requests are answered.
+
+        Raises AngelForgeError when the engine's thread has ended by itself: what was open has an error by then, and
+        what starts the process again should.
+        """
+        crash = asyncio.ensure_future(self._end_with_engine())
         serving = asyncio.ensure_future(self.serve([self._socket]))
         while not self.started and not serving.done():
             await asyncio.sleep(0.01)
         if listening is not None and self.started:
             listening()
         await serving
+        crash.cancel()
+        if self.service.crashed.is_set():
+            raise AngelForgeError(ENDED)
+
+    async def _end_with_engine(self) -> None:
+        await self.service.crashed.wait()
+        await asyncio.sleep(_ENGINE_GONE)
+        self.tell_to_end()
 
     def tell_to_end(self) -> None:
         """Begins the end; safe in any thread."""
@@ -58,7 +73,10 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own sends a signal again when all is done: a server that was told to end has not failed."""
+        """uvicorn's own sends a signal again when all is done: a server that was told to end has not failed.
+
+        Once it is told, all that is left to the process is to end: more signals do not disturb that.
+        """
         if current_thread() is not main_thread():
             yield
             return
@@ -67,7 +85,8 @@ class Server(uvicorn.Server):
             yield
         finally:
             for number, handler in kept.items():
-                signal.signal(number, handler)
+                # Not a handler of ours: Python takes those away at its very end, and then a signal would kill it.
+                signal.signal(number, signal.SIG_IGN if self._captured_signals else handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes the door, lets the service come to an end, then the connections."""

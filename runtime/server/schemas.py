@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 Token = Annotated[int, Field(strict=True, ge=0)]
 TokenList = list[Token]
@@ -18,34 +18,34 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     """What a stream tells beside text."""
 
-    include_usage: bool = False
-    include_obfuscation: bool | None = None  # taken and ignored: texts are not padded
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None  # taken and ignored: texts are not padded
 
 
 class Sampling(_Body):
     """What both endpoints take, and what is taken and has no effect here."""
 
     model: str
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
     n: Annotated[int, Field(strict=True, ge=1)] | None = None
     seed: StrictInt | None = None
     stop: Stop = None
-    stream: bool | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, StrictFloat] | None = None
     # Beyond OpenAI's, with the meaning that they have in SamplingParams.
     top_k: StrictInt | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    min_p: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
     stop_token_ids: TokenList | None = None
-    ignore_eos: bool | None = None
+    ignore_eos: StrictBool | None = None
     # For the operators of other services.
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    store: bool | None = None
+    store: StrictBool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -77,10 +77,10 @@ class CompletionRequest(Sampling):
     prompt: str | TokenList | list[str] | list[TokenList]
     max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
-    echo: bool | None = None
+    echo: StrictBool | None = None
     best_of: StrictInt | None = None
     suffix: None = None
-    return_token_ids: bool | None = None  # beyond OpenAI's: `token_ids` in every choice
+    return_token_ids: StrictBool | None = None  # beyond OpenAI's: `token_ids` in every choice
 
 
 class Message(BaseModel):
@@ -121,7 +121,7 @@ class Function(_Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: StrictBool | None = None
 
 
 class Tool(_Body):
@@ -180,11 +180,11 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
-    logprobs: bool | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: StrictBool | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: None = None

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,57 @@ def test_it_serves_until_interrupted_and_says_nothing_of_prompts(toy: Path, tmp_
         wrong = {**body, "secret": 1}
         assert httpx2.post(f"{told['url']}/v1/completions?secret=1", json=wrong, headers=headers).status_code == 400
         server.send_signal(signal.SIGINT)
+        output, errors = server.communicate(timeout=30)
+    assert (server.returncode, output, errors) == (0, "", "")
+
+
+def told_by(server: "subprocess.Popen[str]") -> str:
+    """The address that a server with --json prints."""
+    assert server.stdout is not None
+    return str(json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")["url"])
+
+
+DYING = """
+import sys
+from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from angelforge.tools.cli import main
+
+def forward(self, batch):
+    raise MemoryError
+
+OnnxRuntimeEngine.forward = forward
+main(["serve", *sys.argv[1:]])
+"""
+
+
+def test_it_ends_with_its_engine(toy: Path) -> None:
+    """A lack of memory in the engine's thread: the open request is answered, and the process fails."""
+    command = [sys.executable, "-c", DYING, str(toy), "--port", "0", "--json", "--threads", "1", "--speculate", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        body = {"model": "bundle", "prompt": "cough", "max_tokens": 3}
+        answer = httpx2.post(f"{told_by(server)}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 500
+        _, errors = server.communicate(timeout=30)
+    assert server.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: The engine's thread has ended.")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pause", [0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8])
+def test_interrupted_again_and_again(toy: Path, pause: float) -> None:
+    """Whenever they come, the second interrupt and those after it do not turn the end into a failure."""
+    command = [*COMMAND, str(toy), "--port", "0", "--json", "--threads", "1", "--drain-seconds", "1"]
+    body = {"model": "bundle", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        with httpx2.stream("POST", f"{told_by(server)}/v1/completions", json=body, timeout=60) as stream:
+            next(stream.iter_lines())
+            for _ in range(3):
+                server.send_signal(signal.SIGINT)
+                time.sleep(pause)
+        for _ in range(20):
+            if server.poll() is None:
+                server.send_signal(signal.SIGINT)
+                time.sleep(0.05)
         output, errors = server.communicate(timeout=30)
     assert (server.returncode, output, errors) == (0, "", "")
 

@@ -11,6 +11,7 @@ from support.http_server import CALL, Running, served, wait_until
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.llm import LLM
+from angelforge.runtime.server import run
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -92,6 +93,46 @@ def test_wrong_requests_get_400(
 )
 def test_malformed_bodies_get_400(server: Running, content: bytes) -> None:
     check_error(server.http.post(COMPLETIONS, content=content, headers=TEXT), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message", "param"),
+    [
+        (COMPLETIONS, {"stop": 5}, "stop: Input should be a valid string or a valid list.", "stop"),
+        (COMPLETIONS, {"stop": ["a", 5]}, "stop.1: Input should be a valid string.", "stop.1"),
+        (COMPLETIONS, {"temperature": True}, "temperature: Input should be a valid number.", "temperature"),
+        (COMPLETIONS, {"presence_penalty": False}, "presence_penalty: Input should be a valid number.", None),
+        (COMPLETIONS, {"top_k": True}, "top_k: Input should be a valid integer.", "top_k"),
+        (COMPLETIONS, {"logit_bias": {"5": True}}, "logit_bias.5: Input should be a valid number.", "logit_bias.5"),
+        (COMPLETIONS, {"stream": 1}, "stream: Input should be a valid boolean.", "stream"),
+        (CHATS, {"tool_choice": {"type": "function"}}, "tool_choice.function: Field required.", "tool_choice.function"),
+        (CHATS, {"tool_choice": 5}, None, "tool_choice"),
+        (CHATS, {"messages": [{"role": "user", "content": 5}]}, None, "messages.0.content"),
+        (CHATS, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, None, "messages.0.content.0.text"),
+        (CHATS, {"messages": MESSAGES, "stream_options": {"usage": True}}, None, "stream_options.usage"),
+    ],
+)
+def test_messages_name_fields_as_the_sender_does(
+    server: Running, path: str, body: dict[str, Any], message: str | None, param: str | None
+) -> None:
+    """Of a field that may have several forms they tell what was meant, and never how the server has written it down."""
+    error = check_error(
+        server.post(path, {"prompt": "a"} | body if path == COMPLETIONS else {"messages": MESSAGES} | body), 400
+    )
+    assert message is None or error["message"] == message
+    assert param is None or error["param"] == param
+    for word in ("list[", "str]", "Part", "Named", "literal[", "function-", "body."):
+        assert word not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("(", "unclosed group"), ("(?=a)b", "look-around, including look-ahead and look-behind, is not supported")],
+)
+def test_a_pattern_that_cannot_be_read(server: Running, pattern: str, reason: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    error = check_error(server.post(CHATS, {"messages": MESSAGES} | fitting(schema)), 400)
+    assert error["message"] == f"response_format cannot be followed: regex parse error: {reason}."
 
 
 def test_prompts_are_not_in_error_messages(server: Running) -> None:
@@ -200,6 +241,7 @@ def test_a_failing_engine(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_end_of_the_engines_thread(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug or a lack of memory: open requests end with an error, new ones get 503, and /health says so."""
+    monkeypatch.setattr(run, "_ENGINE_GONE", 60.0)  # it says so until it is told to end
     with LLM(toy, threads=1) as llm, served(llm) as running:
 
         def dying(batch: Any) -> Any:
