@@ -73,6 +73,10 @@ def test_stray_accesses_are_seen() -> None:
             _copy[(1,)](inputs, outputs, 16, 11)
     with pytest.raises(Exception, match="write"), exact_interpreter([source, target], []):
         _copy[(1,)](source, target, 16, 10)  # inputs are not written
+    with pytest.raises(Exception, match="does not need"), exact_interpreter([source], [target], unread=[source[9:]]):
+        _copy[(1,)](source, target, 16, 10)
+    with exact_interpreter([source], [target], unread=[source[9:]]):
+        _copy[(1,)](source, target, 16, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])

@@ -45,24 +45,35 @@ def _check(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, int]], 
         raise OutOfBoundsError(f"{what} of {int((~inside).sum())} elements outside every tensor")
 
 
+def _check_unread(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, int]]) -> None:
+    addresses, active = np.broadcast_arrays(pointers.data, np.asarray(mask) != 0)
+    used = addresses[active].astype(np.uint64)
+    if any(bool(((used >= start) & (used < end)).any()) for start, end in regions):
+        raise OutOfBoundsError("read of what this call does not need")
+
+
 @contextmanager
 def exact_interpreter(
-    readable: Sequence[torch.Tensor], writable: Sequence[torch.Tensor], ordered: bool = False
+    readable: Sequence[torch.Tensor],
+    writable: Sequence[torch.Tensor],
+    ordered: bool = False,
+    unread: Sequence[torch.Tensor] = (),
 ) -> Iterator[None]:
     """Within it, conversions are exact, and a kernel may touch these tensors only (raises OutOfBoundsError).
 
-    With `ordered`, matmuls add one product after another.
+    `unread`, contiguous parts of them, may not even be read. With `ordered`, matmuls add one product after another.
     """
 
     def regions(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
-    read, write = regions([*readable, *writable]), regions(writable)
+    read, write, untouched = regions([*readable, *writable]), regions(writable), regions(unread)
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         _check(pointers, mask.data, read, "read")
+        _check_unread(pointers, mask.data, untouched)
         return load(self, pointers, mask, *rest, **named)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
@@ -86,8 +97,12 @@ def run_interpreted(
     tile: Tile | None = None,
     profile_tokens: int | None = None,
     ordered: bool = False,
+    unread: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, ...]:
-    """`run_kernel.run` on CPU tensors, every access checked; outputs start as NaN (−1 for integers)."""
+    """`run_kernel.run` on CPU tensors, every access checked; outputs start as NaN (−1 for integers).
+
+    `unread` are parts of the inputs that the kernel may not even read.
+    """
     binding = bind_tensors(kernel, inputs, attributes)
     outputs = allocate(kernel, inputs, binding)
     aliased = kernel.operator.aliases
@@ -96,7 +111,7 @@ def run_interpreted(
             tensor.view(torch.uint8).fill_(0xFF)
     if tile is None:
         tile = kernel.tile(binding.dims, binding.dims.get("T", 1) if profile_tokens is None else profile_tokens)
-    with exact_interpreter(inputs, outputs, ordered):
+    with exact_interpreter(inputs, outputs, ordered, unread):
         launch(kernel, inputs, outputs, binding, gpu, tile)
     return outputs
 
