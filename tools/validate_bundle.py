@@ -102,7 +102,7 @@ def _halves(bundle: Bundle, checkpoint: Path, job: Job) -> tuple[Finding, ...]:
     """The bundle's own layers beside the checkpoint that the reference is made of."""
     manifest = bundle.manifest
     tokens = min(manifest.page_size, manifest.max_context)
-    reference = numpy_reference(checkpoint, bundle, keep=False)
+    reference = numpy_reference(checkpoint, bundle, keep=0)
     quantized = manifest.precision.quantized
     sides = Halves(
         manifest.model,

@@ -48,7 +48,7 @@ def check_layers(
     tokens = tokens or most
     judge = prepare_judge(build_graph(config, precision, PAGE_SIZE, tokens))
     given = checkpoint_config(checkpoint.folder), checkpoint_tensors(checkpoint.folder)
-    reference = reference_like(precision, *given, keep=False)
+    reference = reference_like(precision, *given, keep=0)
     checks: list[LayerCheck] = []
     for done, layer in enumerate(layers):
         with TemporaryDirectory(prefix="angelforge-layer-") as scratch:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors, is_quantised
-from angelforge.runtime.validate.reference import Reference
+from angelforge.runtime.validate.reference import KEPT, Reference
 
 Array = NDArray[Any]
 
@@ -36,7 +36,7 @@ class Fp8Reference(Reference):
         config: Mapping[str, Any],
         tensors: Callable[[str], Array],
         dtype: type[np.floating[Any]] = np.float64,
-        keep: bool = True,
+        keep: int = KEPT,
     ) -> None:
         """`config` and `tensors` as of `Reference`; FP8 weights are given dequantised."""
         self.shared: int = config.get("num_shared_experts") or 0

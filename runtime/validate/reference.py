@@ -20,6 +20,8 @@ from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, chec
 
 Array = NDArray[Any]
 
+KEPT = 2**30  # bytes of weights that are kept for the next sequence
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -48,7 +50,7 @@ class Reference:
     """The whole model, computed in `dtype` (f64 unless told otherwise) from the tensors of a checkpoint.
 
     `config` is the dictionary of a config.json, or a dataclass with fields of the same names. `tensors` gives a
-    checkpoint's tensor by its name, in any float type. Without `keep` memory is one weight matrix.
+    checkpoint's tensor by its name, in any float type. Memory is a weight matrix and `keep` bytes of others.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Reference:
         config: Any,
         tensors: Callable[[str], Array],
         dtype: type[np.floating[Any]] = np.float64,
-        keep: bool = True,
+        keep: int = KEPT,
     ):
         raw: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
         self.config = raw
@@ -70,12 +72,14 @@ class Reference:
         self.layers: int = raw["num_hidden_layers"]
 
     def tensor(self, name: str) -> Array:
-        """One tensor of the checkpoint in the type of the computation; kept where asked for (`keep`)."""
-        if not self._keep:
-            return np.asarray(self._tensors(name)).astype(self.dtype)
-        if name not in self._cache:
-            self._cache[name] = np.asarray(self._tensors(name)).astype(self.dtype)
-        return self._cache[name]
+        """One tensor of the checkpoint in the type of the computation."""
+        if name in self._cache:
+            return self._cache[name]
+        array = np.asarray(self._tensors(name)).astype(self.dtype)
+        if array.nbytes <= self._keep:
+            self._keep -= array.nbytes
+            self._cache[name] = array
+        return array
 
     def logits(self, ids: Sequence[int] | Array, positions: Sequence[int] | Array | None = None) -> Array:
         """[T, vocab] logits of every token of one sequence; positions count from 0 unless given."""
@@ -85,7 +89,7 @@ class Reference:
         """Everything that happens on the way to the logits."""
         ids = np.asarray(ids, np.int64)
         positions = np.arange(len(ids)) if positions is None else np.asarray(positions, np.int64)
-        x = self.tensor("model.word_embeddings.weight")[ids]  # [T, H]
+        x = self.embed(ids)  # [T, H]
         residuals, routings, keys, values = [x], [], [], []
         for layer in range(self.layers):
             x, key, value = self.attention_block(x, layer, positions)
@@ -104,6 +108,10 @@ class Reference:
             keys=tuple(keys),
             values=tuple(values),
         )
+
+    def embed(self, ids: Array) -> Array:
+        """[T, H]: the embedding's rows for ids int64 [T]; the rest is not widened."""
+        return np.asarray(self._tensors("model.word_embeddings.weight"))[ids].astype(self.dtype)
 
     def attention_block(self, x: Array, layer: int, positions: Array) -> tuple[Array, Array, Array]:
         """The first half of a layer: (residual stream [T, H] with attention added, keys, values) of x [T, H]."""

@@ -23,7 +23,7 @@ from angelforge.precision import Precision
 from angelforge.runtime.validate.cutting import Array
 from angelforge.runtime.validate.fp8_reference import Fp8Reference
 from angelforge.runtime.validate.plain_checkpoint import as_packed, checkpoint_config, checkpoint_tensors
-from angelforge.runtime.validate.reference import Reference
+from angelforge.runtime.validate.reference import KEPT, Reference
 from angelforge.runtime.validate.runners import Compute
 from angelforge.runtime.validate.transformers_reference import (
     as_glm4_moe,
@@ -106,7 +106,7 @@ def reference_checkpoint(text: str) -> Path | None:
     return Path(rest) if checkpoint_config(Path(rest)).get("model_type") in MODEL_TYPES else None
 
 
-def numpy_reference(checkpoint: Path, bundle: Bundle, keep: bool = True) -> Reference:
+def numpy_reference(checkpoint: Path, bundle: Bundle, keep: int = KEPT) -> Reference:
     """The independent NumPy model on a checkpoint's weights, in f64, as the bundle stretches, rounds, quantises it.
 
     `keep` as of `Reference`. Raises UsageError where there is no checkpoint.
@@ -136,7 +136,7 @@ def _check_same(stored: Mapping[str, Any], model: ModelConfig, checkpoint: Path)
 
 
 def reference_like(
-    precision: Precision, config: Mapping[str, Any], tensors: Callable[[str], Array], keep: bool = True
+    precision: Precision, config: Mapping[str, Any], tensors: Callable[[str], Array], keep: int = KEPT
 ) -> Reference:
     """The reference on a checkpoint's `tensors` as a bundle of this precision holds them: rounded, quantised."""
     given = tensors if precision is Precision.FP32 else as_packed(tensors, precision.quantized)
@@ -190,6 +190,6 @@ def _transformers(checkpoint: str, bundle: Bundle) -> Compute:
     config = Path(checkpoint) / "config.json"
     kind = checkpoint_config(config.parent).get("model_type", "") if config.is_file() else ""
     if kind in MODEL_TYPES and not knows(kind):
-        return as_glm4_moe(numpy_reference(Path(checkpoint), bundle, keep=False))
+        return as_glm4_moe(numpy_reference(Path(checkpoint), bundle, keep=0))
     logits = native_logits(checkpoint)
     return lambda ids: {"logits": _checked(logits(ids), len(ids), "transformers")}
