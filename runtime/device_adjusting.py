@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from angelforge.runtime.sampler import Drawing
     from angelforge.runtime.sampling import SamplingParams
 
-_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+_PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}  # without effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,27 +58,75 @@ def places_of(first: int, request: Drawing, proposed: Sequence[int]) -> list[Pla
     return [Place.of(first + count, request, tuple(proposed[:count])) for count in range(len(proposed) + 1)]
 
 
-def pack_adjustments(packed: Packed, shape: Sequence[int], places: Sequence[Place], histories: DeviceHistories) -> bool:
-    """Adds to `packed` all that changes the rows `places` of logits [R, vocab]; whether they are not all, as they are.
+class Standing:
+    """What does not change as long as the same rules stand in the same rows: most steps are like the last.
+
+    It holds no histories, which go when their requests end.
+    """
+
+    def __init__(self, shape: Sequence[int], places: Sequence[Place]) -> None:
+        """Of rows of logits [R, vocab]."""
+        self._key = _key(shape, places)
+        self.arrays: dict[str, Any] = {}
+        rows, vocab = [place.row for place in places], shape[1]
+        if len(rows) < shape[0] or rows != list(range(shape[0])):
+            self.arrays["rows"] = np.array(rows, np.int64)
+        numbered = list(enumerate(places))
+        if biased := [(number, place.params.bias) for number, place in numbered if place.params.logit_bias]:
+            self.arrays["biased"] = np.concatenate([bias.ids + number * vocab for number, bias in biased])
+            self.arrays["bias"] = np.concatenate([bias.values_f32 for _, bias in biased])
+        self.penalized = [number for number, place in numbered if place.params.penalizes]
+        self.masked = [number for number, place in numbered if place.constraint is not None]
+        if self.masked:
+            self.arrays["masked"] = np.array(self.masked)
+        asked = [places[number].params for number in self.penalized]
+        self.used = [name for name, off in _PENALTIES.items() if any(getattr(each, name) != off for each in asked)]
+        self.kept = [number for number, place in numbered if _is_kept(place)]
+        if self.kept:
+            self.arrays["kept.rows"] = np.array(self.kept, np.int64) * vocab
+            for name in self.used:
+                each = [[getattr(places[number].params, name)] for number in self.kept]
+                self.arrays[f"kept.{name}"] = np.array(each, np.float32)
+
+    def holds(self, shape: Sequence[int], places: Sequence[Place]) -> bool:
+        """Whether it is the same for these places."""
+        numbers, rules = _key(shape, places)
+        return numbers == self._key[0] and all(map(is_, rules, self._key[1]))
+
+
+def _key(shape: Sequence[int], places: Sequence[Place]) -> tuple[list[int], list[SamplingParams]]:
+    """(numbers, rules): equal numbers and the same rules stand for the same arrays."""
+    numbers = [*shape]
+    for place in places:
+        numbers += (place.row, place.constraint is None, _is_kept(place))
+    return numbers, [place.params for place in places]
+
+
+def pack_adjustments(
+    packed: Packed, standing: Standing, places: Sequence[Place], vocab: int, histories: DeviceHistories
+) -> bool:
+    """Adds to `packed` all that changes the rows of some places; whether they are not all rows, as they are.
 
     Histories of requests are kept on the device, others are sent as they are, each id once.
     """
-    rows = [place.row for place in places]
-    changed = len(rows) < shape[0] or rows != list(range(shape[0]))
-    if changed:
-        packed.add("rows", np.array(rows, np.int64))
-    numbered, vocab = list(enumerate(places)), shape[1]
-    if biased := [(number, place.params.bias) for number, place in numbered if place.params.logit_bias]:
-        packed.add("biased", np.concatenate([bias.ids + number * vocab for number, bias in biased]))
-        packed.add("bias", np.concatenate([bias.values_f32 for _, bias in biased]))
-    penalized = [(number, place) for number, place in numbered if place.params.penalizes]
-    if penalized:
-        _pack_penalties(packed, vocab, penalized, histories)
-    masks = [(number, place.constraint.mask()) for number, place in numbered if place.constraint is not None]
-    if masks:
-        packed.add("masked", np.array([number for number, _ in masks]))
-        packed.add("words", np.stack([words for _, words in masks]).view(np.int32))
-    return changed or bool(biased or penalized or masks)
+    for name, array in standing.arrays.items():
+        packed.add(name, array)
+    if standing.kept:
+        kept = [history for number in standing.kept if isinstance(history := places[number].history, History)]
+        every = list(dict.fromkeys(kept))
+        begins = histories.pack(packed, every)
+        if len(every) < len(kept):
+            begin_of = dict(zip(every, begins.tolist(), strict=True))
+            begins = np.array([begin_of[history] for history in kept], np.int64)
+        packed.add("kept.begins", begins)
+        sizes = [history.size for history in kept]
+        packed.add("kept.sizes", np.array(sizes, np.int64))
+        packed.widths["kept"] = max(sizes)
+    _pack_listed(packed, standing, places, vocab)
+    if standing.masked:
+        masks = [constraint.mask() for number in standing.masked if (constraint := places[number].constraint)]
+        packed.add("words", np.stack(masks).view(np.int32))
+    return bool(standing.arrays) or bool(standing.penalized)
 
 
 def adjusted_rows(logits: torch.Tensor, packed: Packed, histories: DeviceHistories) -> torch.Tensor:
@@ -97,45 +146,30 @@ def adjusted_rows(logits: torch.Tensor, packed: Packed, histories: DeviceHistori
     return x
 
 
-def _pack_penalties(
-    packed: Packed, vocab: int, penalized: Sequence[tuple[int, Place]], histories: DeviceHistories
-) -> None:
-    """Which lines of `histories` hold for which row, and by themselves the ids that no line has."""
-    kept, kept_histories, listed = [], [], []
-    for number, place in penalized:
-        history = place.history
-        assert history is not None
-        if not isinstance(history, History):
+def _is_kept(place: Place) -> bool:
+    """Whether a device keeps what was seen before a place."""
+    return place.params.penalizes and isinstance(place.history, History) and place.history.size > 0
+
+
+def _pack_listed(packed: Packed, standing: Standing, places: Sequence[Place], vocab: int) -> None:
+    """The ids that no kept history has, or that count differently at their places."""
+    listed = []
+    for number in standing.penalized:
+        place, history = places[number], places[number].history
+        if isinstance(history, Seen):
             listed.append((number, place, history.ids, history.counts))
-            continue
-        if history.ids.shape[0]:
-            kept.append((number, place))
-            kept_histories.append(history)
-        if place.ahead:
+        elif history is not None and place.ahead:
             ids = sorted(set(place.ahead))
             counts = [history.count(token) + place.ahead.count(token) for token in ids]
             listed.append((number, place, np.array(ids, np.int64), np.array(counts, np.float32)))
-    used = [name for name in _PENALTIES if any(getattr(place.params, name) != _OFF[name] for _, place in penalized)]
-    if kept:
-        every = list(dict.fromkeys(kept_histories))
-        begin_of = dict(zip(every, histories.pack(packed, every).tolist(), strict=True))
-        packed.add("kept.begins", np.array([begin_of[history] for history in kept_histories], np.int64))
-        sizes = np.array([history.ids.shape[0] for history in kept_histories], np.int64)
-        packed.add("kept.sizes", sizes)
-        packed.widths["kept"] = int(sizes.max())
-        packed.add("kept.rows", np.array([number for number, _ in kept], np.int64) * vocab)
-        for name in used:
-            packed.add(f"kept.{name}", np.array([[getattr(place.params, name)] for _, place in kept], np.float32))
-    if listed:
-        lengths = [ids.shape[0] for _, _, ids, _ in listed]
-        packed.add("listed.places", np.concatenate([ids + number * vocab for number, _, ids, _ in listed]))
-        packed.add("listed.counts", np.concatenate([counts for *_, counts in listed]))
-        for name in used:
-            each = np.array([getattr(place.params, name) for _, place, *_ in listed], np.float32)
-            packed.add(f"listed.{name}", np.repeat(each, lengths))
-
-
-_OFF = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+    if not listed:
+        return
+    lengths = [ids.shape[0] for _, _, ids, _ in listed]
+    packed.add("listed.places", np.concatenate([ids + number * vocab for number, _, ids, _ in listed]))
+    packed.add("listed.counts", np.concatenate([counts for *_, counts in listed]))
+    for name in standing.used:
+        each = np.array([getattr(place.params, name) for _, place, *_ in listed], np.float32)
+        packed.add(f"listed.{name}", np.repeat(each, lengths))
 
 
 def _penalize(flat: torch.Tensor, vocab: int, packed: Packed, histories: DeviceHistories) -> None:

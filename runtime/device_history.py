@@ -47,23 +47,26 @@ class DeviceHistories:
             self._table, self._used, self._free = None, 0, deque()
         places: list[Int64] = []
         entries = []
+        few: list[tuple[int, int, int]] = []  # place, id, count: of those that have changed by a few
         lines = np.array([self._line_of(history) for history in histories], np.int64)
-        self._make_room(max(history.ids.shape[0] for history in histories))
+        self._make_room(max(history.size for history in histories))
         assert self._table is not None
-        room = self._table.shape[1]
-        begins = lines * room
+        begins = lines * self._table.shape[1]
         for begin, history in zip(begins.tolist(), histories, strict=True):
-            known, changed = history.ids, history.changes(self)
+            ids, counts, changed = history.ids, history.counts, history.changes(self)
             if changed is None:
-                chosen = np.arange(known.shape[0])
+                places.append(np.arange(begin, begin + history.size))
+                entries.append(np.stack((ids, counts), 1).astype(np.int32))
             else:
-                chosen = np.array([place for place in set(changed) if place < known.shape[0]], np.int64)
-            if chosen.shape[0]:
-                places.append(chosen + begin)
-                entries.append(np.stack((known[chosen], history.counts[chosen]), 1).astype(np.int32))
+                size = history.size
+                few += [(begin + at, int(ids[at]), int(counts[at])) for at in set(changed) if at < size]
+        if few:
+            table = np.array(few, np.int64)
+            places.append(table[:, 0])
+            entries.append(table[:, 1:].astype(np.int32))
         if places:
-            packed.add("history.places", np.concatenate(places))
-            packed.add("history.entries", np.concatenate(entries))
+            packed.add("history.places", places[0] if len(places) == 1 else np.concatenate(places))
+            packed.add("history.entries", entries[0] if len(entries) == 1 else np.concatenate(entries))
         return begins
 
     def update(self, packed: Packed) -> None:

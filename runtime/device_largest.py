@@ -71,7 +71,7 @@ def candidates_of(table: Float32, rules: RowRules) -> Candidates:
     width, every = rules.width, rules.every
     values, ids = table[:, :width], ids_of(table, width).astype(np.int64)
     finite = np.isfinite(values[:, 0])  # NaN counts as the largest
-    if (same := values[:, 1:] == values[:, :-1]).any():
+    if np.count_nonzero(same := values[:, 1:] == values[:, :-1]):
         values, ids = _in_order(values, ids, same)
     last = values[every, rules.last]
     kept = values >= last[:, None]  # ties with the last included
@@ -92,7 +92,7 @@ def candidates_of(table: Float32, rules: RowRules) -> Candidates:
         kept[rules.greedy] = np.arange(width) == 0
     weights *= kept
     count = kept.sum(1)
-    if not finite.all():
+    if np.count_nonzero(finite) < len(finite):
         weights[~finite], count, decided = 0.0, np.where(finite, count, 0), ~finite | decided
     return Candidates(ids, weights, count, decided)
 
@@ -106,7 +106,7 @@ def draw_each(found: Candidates, requests: Sequence[Place]) -> Int64:
     uniform = np.array([asked.rng.random() if wanted else 0.0 for asked, wanted in zip(requests, choice, strict=True)])
     sums = found.weights.cumsum(1)
     places = (sums <= (uniform * sums[:, -1])[:, None]).sum(1)
-    if not found.count.all():  # rows without weight
+    if np.count_nonzero(found.count) < len(found.count):  # rows without weight
         places = places.clip(max=sums.shape[1] - 1)
         return np.where(found.count > 0, found.ids[np.arange(len(places)), places], -1)
     return found.ids[np.arange(len(places)), places]

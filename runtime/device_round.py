@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from angelforge.runtime.batch import Int64
-from angelforge.runtime.device_adjusting import Place, adjusted_rows, pack_adjustments
+from angelforge.runtime.device_adjusting import Place, Standing, adjusted_rows, pack_adjustments
 from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_largest import (
@@ -79,14 +79,19 @@ class Round:
         self._as_it_is = True
         self._x: torch.Tensor | None = None
 
-    def pack(self, packed: Packed, histories: DeviceHistories, rules: RowRules | None) -> None:
-        """Adds all that the device has to know; `rules` are those of `looked`."""
+    @property
+    def adjusted(self) -> list[Place]:
+        """The places whose logits may be changed before anything is chosen."""
+        return self.looked + self.drawn
+
+    def pack(self, packed: Packed, histories: DeviceHistories, rules: RowRules | None, standing: Standing) -> None:
+        """Adds all that the device has to know; `rules` are those of `looked`, `standing` is of `adjusted`."""
         rows, vocab = self.shape
         self.rules = rules
         if 0 < len(self.best) < rows:
             packed.add("best.rows", np.array([self.draws[i].row for i in self.best], np.int64))
         if self.looked or self.drawn:
-            self._as_it_is = not pack_adjustments(packed, self.shape, [*self.looked, *self.drawn], histories)
+            self._as_it_is = not pack_adjustments(packed, standing, self.adjusted, vocab, histories)
         if rules is not None and rules.any_wide:
             packed.add("divisors", rules.divisors)
         if self.drawn:

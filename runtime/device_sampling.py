@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from angelforge.runtime.batch import Int64
-from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_adjusting import Place, Standing
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_largest import RowRules, ids_of
 from angelforge.runtime.device_logprobs import told
@@ -39,6 +39,7 @@ class DeviceSampler:
         self._packed: Packed | None = None  # of the last round, as the next two
         self._params: list[SamplingParams] = []
         self._rules: tuple[int, RowRules] | None = None  # and what they are as arrays
+        self._standing = Standing((0, 0), ())
 
     def answer(
         self,
@@ -59,7 +60,9 @@ class DeviceSampler:
     def prepare(self, round_: Round) -> Packed:
         """Sends what the device has to know for a round."""
         packed = Packed(self.device, self._packed)
-        round_.pack(packed, self.histories, self._rules_of(round_))
+        if not self._standing.holds(round_.shape, places := round_.adjusted):
+            self._standing = Standing(round_.shape, places)
+        round_.pack(packed, self.histories, self._rules_of(round_), self._standing)
         packed.send()
         self._packed = packed
         return packed

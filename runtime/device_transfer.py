@@ -12,32 +12,28 @@ from angelforge.runtime.device import to_host
 
 _TORCH = {np.dtype(name): getattr(torch, name) for name in ("int32", "int64", "float32", "float64")}
 _NUMPY = {there: here for here, there in _TORCH.items()}
-_SMALL = 4096  # bytes of an array that is compared with the last one
 
 
 class Packed:
     """Arrays that go to a device in one copy, written where it is copied from; what is there already does not go."""
 
     def __init__(self, device: torch.device, before: Packed | None = None) -> None:
-        """`before` is what was sent last: small arrays that are the same again are taken from there."""
+        """`before` is what was sent last: arrays that are the same objects again are taken from there."""
         self._device = device
         self._parts: list[tuple[str, Any]] = []
         self._sent: dict[str, torch.Tensor] = {}
-        self._known: dict[str, bytes] = {}  # what small arrays were
+        self._arrays: dict[str, Any] = {}
         self._before = before
         self.widths: dict[str, int] = {}  # sizes that the host knows and the device need not be asked for
         self.nbytes = 0  # to be sent; each array begins at a multiple of eight bytes
 
     def add(self, name: str, array: Any) -> None:
-        """An array of a NumPy type that torch has, too."""
-        if array.nbytes <= _SMALL:
-            self._known[name] = told = array.tobytes()
-            before = self._before
-            if before is not None and before._known.get(name) == told:
-                same = before._sent[name]
-                if same.shape == array.shape and same.dtype == _TORCH[array.dtype]:
-                    self._sent[name] = same
-                    return
+        """An array of a NumPy type that torch has, too; it must not change any more."""
+        before = self._before
+        self._arrays[name] = array
+        if before is not None and before._arrays.get(name) is array:
+            self._sent[name] = before._sent[name]
+            return
         self._parts.append((name, array))
         self.nbytes += -(-array.nbytes // 8) * 8
 

@@ -54,6 +54,11 @@ class History:
         """f32 [n] how often each of `ids` is in the output."""
         return self._counts[: self._size]
 
+    @property
+    def size(self) -> int:
+        """Of `ids`."""
+        return self._size
+
     def count(self, token: int) -> int:
         """How often an id is in the output."""
         place = self._places.get(token)

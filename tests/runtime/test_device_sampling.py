@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.runtime import device_distribution, device_largest
-from angelforge.runtime.device_adjusting import Place, adjusted_rows, pack_adjustments, places_of
+from angelforge.runtime.device_adjusting import Place, Standing, adjusted_rows, pack_adjustments, places_of
 from angelforge.runtime.device_candidates import candidates_on_device
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
 from angelforge.runtime.device_history import DeviceHistories
@@ -75,7 +75,7 @@ def sample_on_device(logits: torch.Tensor, requests: list[Asking]) -> np.ndarray
 
 def adjusted_on_device(logits: torch.Tensor, chosen: list[Place]) -> torch.Tensor:
     packed, histories = Packed(logits.device), DeviceHistories(logits.device)
-    pack_adjustments(packed, logits.shape, chosen, histories)
+    pack_adjustments(packed, Standing(logits.shape, chosen), chosen, logits.shape[1], histories)
     packed.send()
     return adjusted_rows(logits, packed, histories)
 
