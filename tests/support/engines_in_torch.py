@@ -143,12 +143,8 @@ def fused_qk_norm_rope(
     assert is_neox and position_ids.dtype == torch.int64
     heads = qkv.unflatten(1, (-1, head_dim))
     assert heads.shape[1] == num_heads_q + num_heads_k + num_heads_v
-    half = cos_sin_cache.shape[1] // 2
-    cos, sin = (part[:, None].float() for part in cos_sin_cache[position_ids].split(half, 1))
     for own, weight in ((slice(num_heads_q), q_weight), (slice(num_heads_q, num_heads_q + num_heads_k), k_weight)):
-        x = _normed(heads[:, own], weight, eps)
-        first, second = x[..., :half], x[..., half : 2 * half]
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), -1)
+        turned = _rotated(_normed(heads[:, own], weight, eps), cos_sin_cache[position_ids])
         heads[:, own] = turned.to(qkv.dtype)
 
 
@@ -226,6 +222,23 @@ def fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: float = 1e-6)
     fused_add_rms_norm(input, residual, weight, eps)
 
 
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool = True
+) -> None:
+    assert is_neox and cos_sin_cache.dtype == torch.float32
+    for flat in (query, key):
+        heads = flat.unflatten(1, (-1, head_size))
+        heads.copy_(_rotated(heads.float(), cos_sin_cache[positions.long()]).to(flat.dtype))
+
+
+def _rotated(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D] with its first dims turned: pairs i, i + half."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = (part[:, None].float() for part in cos_sin.split(half, 1))
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), -1)
+
+
 def fp8_blockscale_gemm_sm90(
     input: Any, weight: Any, input_scale: Any = None, weight_scale: Any = None, out: Any = None  # noqa: A002
 ) -> Any:  # fmt: skip
@@ -297,7 +310,8 @@ MODULES: dict[str, tuple[Any, ...]] = {
     "vllm.model_executor.layers.quantization.utils.fp8_utils": (w8a8_triton_block_scaled_mm,),
     "vllm.vllm_flash_attn": (flash_attn_varlen_func,),
     "flashinfer": (
-        rmsnorm, fused_add_rmsnorm, BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper,
+        rmsnorm, fused_add_rmsnorm, apply_rope_with_cos_sin_cache_inplace, BatchDecodeWithPagedKVCacheWrapper,
+        BatchPrefillWithPagedKVCacheWrapper,
     ),
     "flashinfer.gemm": (fp8_blockscale_gemm_sm90,),
 }  # fmt: skip

@@ -25,8 +25,8 @@ from angelforge.tools.kernel_bench.work import Sequences, Work, works
 
 DECODE = Sequences("decode", ((299, 1), (63, 1), (5, 1)))
 MIXED = Sequences("mixed", ((70, 3), (0, 65)))
-# 5 tokens touch few experts; 130 all of them, and take DeepGEMM's other layout.
-WORKS = [w for w in works(check_config(), (5,), (DECODE, MIXED)) if w.label not in ("qkv", "dense", "head")]
+# 1 and 5 tokens touch few experts; 130 all of them, and take DeepGEMM's other layout.
+WORKS = [w for w in works(check_config(), (1, 5), (DECODE, MIXED)) if w.label not in ("qkv", "dense", "head")]
 WORKS += [w for w in works(check_config(), (130,), ()) if w.operator.name.startswith(("Fp8MoE", "MoERoute"))]
 CASES = [
     pytest.param(engine, prepare, work, id=f"{engine.name}-{prepare.__name__}-{work.label}-{work.tokens}")

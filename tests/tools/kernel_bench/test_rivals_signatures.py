@@ -33,6 +33,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "flashinfer": {
         "norm/__init__.py": ("rmsnorm", "fused_add_rmsnorm"),
         "gemm/gemm_base.py": ("fp8_blockscale_gemm_sm90",),
+        "rope.py": ("apply_rope_with_cos_sin_cache_inplace",),
         "decode.py": ("BatchDecodeWithPagedKVCacheWrapper",),
         "prefill.py": ("BatchPrefillWithPagedKVCacheWrapper",),
     },

@@ -1,4 +1,4 @@
-"""FlashInfer's paged attention, norms and FP8 matmul (github.com/flashinfer-ai/flashinfer).
+"""FlashInfer's paged attention, norms, RoPE and FP8 matmul (github.com/flashinfer-ai/flashinfer).
 
 Names and arguments as in `flashinfer-python` 0.7.2.post1. Its layout "HND" of a pool, [pages, 2, Hkv, page_size, D],
 is ours, so attention reads the same memory.
@@ -38,6 +38,21 @@ def linear(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
     return Rival("fp8_blockscale_gemm_sm90", call, lambda: (y,))
 
 
+def rotate(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
+    """QKVRotate without the write into the pool; it changes queries and keys, which are copies."""
+    dim = work.dims["D"]
+    widths = [int(work.attributes[name]) * dim for name in ("num_heads", "num_kv_heads")]
+    parts = i["qkv"][:, : sum(widths)].split(widths, 1)
+    query, key = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    table = torch.cat((i["rope_cos"], i["rope_sin"]), 1)
+
+    def call() -> None:
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(i["positions"], query, key, dim, table, is_neox=True)
+
+    name = "apply_rope_with_cos_sin_cache_inplace"
+    return Rival(name, call, lambda: (query.unflatten(1, (-1, dim)), None), "does not write into the pool")
+
+
 def attention(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
     """PagedAttention with AttentionMerge, whose work it includes."""
     query, pool = i["query"], i["kv_cache"]
@@ -65,5 +80,11 @@ def _drop(result: Any) -> None:
 FLASHINFER = Engine(
     "FlashInfer",
     ("flashinfer",),
-    {"Norm": (norm,), "AddNorm": (add_norm,), "Fp8Linear": (linear,), "PagedAttention": (attention,)},
+    {
+        "Norm": (norm,),
+        "AddNorm": (add_norm,),
+        "Fp8Linear": (linear,),
+        "QKVRotate": (rotate,),
+        "PagedAttention": (attention,),
+    },
 )

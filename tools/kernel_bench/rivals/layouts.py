@@ -10,6 +10,11 @@ def stacked(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat((first, second), -2)
 
 
+def by_column(scale: torch.Tensor) -> torch.Tensor:
+    """[T, n] with strides (1, T), for one token too, where `contiguous` would leave (n, 1)."""
+    return torch.empty((scale.shape[1], scale.shape[0]), dtype=scale.dtype, device=scale.device).T.copy_(scale)
+
+
 def ranks(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(place of each entry among its expert's, entries per expert), int64 [T·k] and [experts], of ids [T, k] ≥ 0."""
     flat = ids.flatten().long()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from angelforge.tools.kernel_bench.rivals.layouts import stacked
+from angelforge.tools.kernel_bench.rivals.layouts import by_column, stacked
 from angelforge.tools.kernel_bench.rivals.rival import Engine, Rival, Shared, Tensors
 from angelforge.tools.kernel_bench.work import Work
 
@@ -78,8 +78,7 @@ def linear_triton(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
 
 def linear_cutlass(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
     """Fp8Linear by CUTLASS; scales of x column by column, those of the weight transposed."""
-    by_column = i["x_scale"].T.contiguous().T
-    scales = {"scale_a": by_column, "scale_b": i["weight_scale"].T}
+    scales = {"scale_a": by_column(i["x_scale"]), "scale_b": i["weight_scale"].T}
     kept = Kept(_ops(vllm).cutlass_scaled_mm, i["x"], i["weight"].T, out_dtype=torch.bfloat16, **scales)
     return Rival("cutlass_scaled_mm", kept, lambda: (kept.result,))
 
