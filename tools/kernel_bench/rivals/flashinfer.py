@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from angelforge.tools.kernel_bench.rivals.layouts import page_lists
+from angelforge.tools.kernel_bench.rivals.layouts import by_column, page_lists
 from angelforge.tools.kernel_bench.rivals.rival import Engine, Rival, Shared, Tensors
 from angelforge.tools.kernel_bench.work import Work
 
@@ -31,10 +31,11 @@ def add_norm(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
 
 
 def linear(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
-    """Fp8Linear."""
+    """Fp8Linear. The kernel reads scales of x column by column, padded to 16 bytes, whatever strides a tensor has."""
+    scale = by_column(i["x_scale"], 4)
     matmul = import_module(f"{flashinfer.__name__}.gemm").fp8_blockscale_gemm_sm90
     y = torch.empty((len(i["x"]), len(i["weight"])), dtype=torch.bfloat16, device=i["x"].device)
-    call = lambda: _drop(matmul(i["x"], i["weight"], i["x_scale"], i["weight_scale"], out=y))  # noqa: E731
+    call = lambda: _drop(matmul(i["x"], i["weight"], scale, i["weight_scale"], out=y))  # noqa: E731
     return Rival("fp8_blockscale_gemm_sm90", call, lambda: (y,))
 
 

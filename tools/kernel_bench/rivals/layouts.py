@@ -10,9 +10,13 @@ def stacked(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat((first, second), -2)
 
 
-def by_column(scale: torch.Tensor) -> torch.Tensor:
-    """[T, n] with strides (1, T), for one token too, where `contiguous` would leave (n, 1)."""
-    return torch.empty((scale.shape[1], scale.shape[0]), dtype=scale.dtype, device=scale.device).T.copy_(scale)
+def by_column(scale: torch.Tensor, multiple: int = 1) -> torch.Tensor:
+    """[T, n] column after column, each padded to a multiple of so many rows; for one token too, where `contiguous`
+    would keep strides (n, 1).
+    """
+    rows, columns = scale.shape
+    padded = -(-rows // multiple) * multiple
+    return torch.zeros((columns, padded), dtype=scale.dtype, device=scale.device).T[:rows].copy_(scale)
 
 
 def ranks(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
