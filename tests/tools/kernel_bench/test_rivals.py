@@ -95,7 +95,7 @@ def test_pages_of_sequences() -> None:
 
 
 def measurement(name: str) -> Measurement:
-    work = next(w for w in WORKS if w.operator.name == name and w.tokens == 5)
+    work = next(w for w in WORKS if w.operator.name == name and (w.tokens == 5 or w.sequences is not None))
     timing, cost = Timing(6.0, 6.0, 0.0), cost_of(work)
     return Measurement(
         work, default_tile(work, MACHINE.gpu), cost, timing, None, None, None, None, 0.1, None, None, None
@@ -137,6 +137,18 @@ def test_a_row_for_every_kernel(bodies: list[int], monkeypatch: pytest.MonkeyPat
     late = Rivals().all_beside([large], MACHINE, lambda: True, 1)
     assert (late.rows, late.left) == ([], ["Norm, T = 5"])
     assert "No time was left for 1 calls: Norm, T = 5" in "\n".join(late.markdown())
+
+
+@pytest.mark.usefixtures("installed", "bodies")
+def test_attention_counts_with_its_merge() -> None:
+    """Others join their parts in the same call."""
+    attention, merge = measurement("PagedAttention"), measurement("AttentionMerge")
+    merge = replace(merge, work=replace(merge.work, label=attention.work.label), timing=Timing(3.0, 3.0, 0.0))
+    for measured, ours, said in (([attention, merge], 9.0, "ours with AttentionMerge"), ([attention], 6.0, "without")):
+        rows = Rivals().all_beside(measured, MACHINE, lambda: False, 1).rows
+        assert [row.engine for row in rows] == ["vLLM", "FlashInfer"]
+        assert all(row.ours == ours and said in row.note for row in rows)
+        assert all(row.ratio == ours / 12 for row in rows)
 
 
 def broken(error: Exception) -> Any:

@@ -4,7 +4,7 @@ This comes after all of our own measurements, so that a kernel that breaks the G
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Rivals:
                 continue
             known = len(rows)
             self._beside(measured, machine, seed, rows)
+            rows[known:] = [_with_merge(row, measurements) for row in rows[known:]]
             for row in rows[known:]:
                 figure = row.problem or f"{row.microseconds:.1f} µs, ours {row.ours:.1f}"
                 say(f"{row.work.name}, {row.engine} {row.kernel}: {figure}")
@@ -142,6 +143,16 @@ def difference(work: Work, inputs: Sequence[torch.Tensor], ours: Sequence[torch.
     wanted = [own if other is None else other for own, other in zip(ours, theirs, strict=False)]
     verdict = compare(work.operator, inputs, work.attributes, ours, wanted)
     return Verdict(verdict.error, ALLOWED * verdict.limit, verdict.output)
+
+
+def _with_merge(row: Beside, measurements: Sequence[Measurement]) -> Beside:
+    """Attention of others joins its parts itself: ours then counts with AttentionMerge of the same step."""
+    if row.work.operator.name != "PagedAttention":
+        return row
+    merges = [m for m in measurements if m.work.operator.name == "AttentionMerge" and m.work.label == row.work.label]
+    if not merges:
+        return replace(row, note=f"{row.note}, ours without")
+    return replace(row, ours=row.ours + merges[0].timing.median, note=f"{row.note}, ours with AttentionMerge")
 
 
 def _answers(device: str) -> bool:

@@ -55,7 +55,7 @@ def rotate(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
 
 
 def attention(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
-    """PagedAttention with AttentionMerge, whose work it includes."""
+    """PagedAttention and AttentionMerge in one call."""
     query, pool = i["query"], i["kv_cache"]
     kv_heads, page_size = pool.shape[2:4]
     pages = page_lists(i["page_table"], i["kv_length"], page_size)
@@ -71,7 +71,7 @@ def attention(flashinfer: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
         wrapper.plan(i["query_start"], *pages, *sizes, causal=True, **options)
     y = torch.empty_like(query)
-    return Rival(name, lambda: _drop(wrapper.run(query, pool, out=y)), lambda: (y,), "with the merge of its parts")
+    return Rival(name, lambda: _drop(wrapper.run(query, pool, out=y)), lambda: (y,), "joins its parts")
 
 
 def _drop(result: Any) -> None:

@@ -176,7 +176,7 @@ def qkv_prepare(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
 
 
 def attention(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
-    """PagedAttention with AttentionMerge, by FlashAttention 3 on our pool: its views swap axes, no copy is made."""
+    """PagedAttention and AttentionMerge, by FlashAttention 3 on our pool: its views swap axes, no copy is made."""
     assert work.sequences is not None
     keys, values = (i["kv_cache"][:, side].transpose(1, 2) for side in (0, 1))  # [pages, page_size, Hkv, D]
     y = torch.empty_like(i["query"])
@@ -191,7 +191,7 @@ def attention(vllm: Any, work: Work, i: Tensors, shared: Shared) -> Rival:
         "softmax_scale": float(work.attributes["scale"]),
     }
     kept = Kept(attend, i["query"], keys, values, **named, causal=True, out=y, fa_version=3)
-    return Rival("flash_attn_varlen_func, version 3", kept, lambda: (y,), "with the merge of its parts")
+    return Rival("flash_attn_varlen_func, version 3", kept, lambda: (y,), "joins its parts")
 
 
 VLLM = Engine(
