@@ -136,6 +136,8 @@ class DeviceDraw(DeviceSampler):
         else:
             if len(draws) not in self._found:
                 self._found[len(draws)] = round_.compute(logits, packed, self.histories).fetch()
+            else:
+                self.histories.update(packed)
             found = {name: array.copy() for name, array in self._found[len(draws)].items()}
             self.left_out = perf_counter() - handed_out
         made = Answer(round_, found, logits, *round_.settle(found, logits))

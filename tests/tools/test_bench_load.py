@@ -63,7 +63,15 @@ def test_serve_a_bundle(toy: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--concurrency", "0"), ("--concurrency", "1,,2"), ("--raw",), ("--requests", "0"), ("--dataset", "/not/there")],
+    [
+        ("--concurrency", "0"),
+        ("--concurrency", "1,,2"),
+        ("--raw",),
+        ("--requests", "0"),
+        ("--dataset", "/not/there"),
+        ("--plot", "curves.png"),
+        ("--plot", "/not/there/curves.html"),
+    ],
 )
 def test_wrong_options_are_told(toy: Path, arguments: tuple[str, ...]) -> None:
     result = bench("decode", toy, *arguments)

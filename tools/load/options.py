@@ -21,6 +21,14 @@ def _concurrencies(context: click.Context, parameter: click.Parameter, value: st
     return tuple(map(int, parts))
 
 
+def _page(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--plot is {str(value)!r}, but what is written is an HTML page: name it so, with .html.")
+    if value is not None and not value.parent.is_dir():  # told now, not when all has been measured
+        raise UsageError(f"--plot is {str(value)!r}, but there is no folder {str(value.parent)!r}. Make it first.")
+    return value
+
+
 _COUNT = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
 _OPTIONS = (
@@ -40,7 +48,7 @@ _OPTIONS = (
     ),
     click.option("--requests", type=_COUNT, help="For each figure. Default: twice the concurrency, at least 8."),
     click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token."),
-    click.option("--plot", type=_PATH, help="Write curves to this HTML file."),
+    click.option("--plot", type=_PATH, callback=_page, help="Write curves to this HTML file."),
 )
 
 
