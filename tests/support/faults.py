@@ -71,7 +71,7 @@ def function_of(model: ir.Model, kind: str) -> ir.Function:
     return next(f for f in model.functions.values() if f.domain == DOMAIN and f.name == kind)
 
 
-def _before(model: ir.Model, node: ir.Node, port: int, build: Callable[..., ir.Value]) -> None:
+def before(model: ir.Model, node: ir.Node, port: int, build: Callable[..., ir.Value]) -> None:
     """Puts nodes between a node's input and the node; `build(value, add)` gives the new input."""
     source = node.inputs[port]
     assert source is not None
@@ -90,7 +90,8 @@ def _before(model: ir.Model, node: ir.Node, port: int, build: Callable[..., ir.V
     model.graph.insert_before(node, made)
 
 
-def _constant(add: Callable[..., ir.Value], array: np.ndarray) -> ir.Value:
+def constant(add: Callable[..., ir.Value], array: np.ndarray) -> ir.Value:
+    """A constant among the nodes that `before` puts in."""
     value = add("Constant", dtype=ir.DataType.from_numpy(array.dtype))
     node = value.producer()
     assert node is not None
@@ -138,13 +139,13 @@ def mask_off_at_border(model: ir.Model) -> None:
     """In layer 2 the first token of a page does not see itself."""
 
     def build(positions: ir.Value, add: Callable[..., ir.Value]) -> ir.Value:
-        page, zero = (_constant(add, np.array([n], np.int32)) for n in (64, 0))
+        page, zero = (constant(add, np.array([n], np.int32)) for n in (64, 0))
         first = add("Equal", add("Mod", positions, page), zero, dtype=ir.DataType.BOOL)
         back = add("Cast", first, dtype=INT32, to=int(INT32))
-        one = _constant(add, np.array([1], np.int32))
+        one = constant(add, np.array([1], np.int32))
         return add("Max", add("Sub", positions, back), add("Sub", one, one))
 
-    _before(model, node_of(model, 2, "PagedAttention"), 5, build)
+    before(model, node_of(model, 2, "PagedAttention"), 5, build)
 
 
 def groups_masked_with_zero(model: ir.Model) -> None:
@@ -172,12 +173,12 @@ def tf32_router(model: ir.Model) -> None:
 
     def build(hidden: ir.Value, add: Callable[..., ir.Value]) -> ir.Value:
         # Veltkamp's splitting: hidden · (2^13 + 1) − (hidden · (2^13 + 1) − hidden) has the upper 11 bits.
-        scaled = add("Mul", hidden, _constant(add, np.array(8193, np.float32)))
+        scaled = add("Mul", hidden, constant(add, np.array(8193, np.float32)))
         return add("Sub", scaled, add("Sub", scaled, hidden))
 
     node = node_of(model, 1, "MoELogits")
-    _before(model, node, 0, build)
-    _before(model, node, 1, build)
+    before(model, node, 0, build)
+    before(model, node, 1, build)
 
 
 def routed_padding(model: ir.Model) -> None:
@@ -188,18 +189,18 @@ def routed_padding(model: ir.Model) -> None:
         assert logits is not None
         return add("Cast", add("Shape", logits, dtype=INT64, end=1), dtype=INT32, to=int(INT32))
 
-    _before(model, node_of(model, 1, "MoERoute"), 2, build)
+    before(model, node_of(model, 1, "MoERoute"), 2, build)
 
 
 def stale_page(model: ir.Model) -> None:
     """Layer 1 reads the page before a sequence's second one, as from a table of an earlier step."""
 
     def build(table: ir.Value, add: Callable[..., ir.Value]) -> ir.Value:
-        first = _constant(add, np.array([0], np.int64))
+        first = constant(add, np.array([0], np.int64))
         shape = add("Shape", table, dtype=INT64)
         return add("Expand", add("Gather", table, first, axis=1), shape)
 
-    _before(model, node_of(model, 1, "PagedAttention"), 2, build)
+    before(model, node_of(model, 1, "PagedAttention"), 2, build)
 
 
 def _norms(model: ir.Model, layer: int) -> list[ir.Node]:

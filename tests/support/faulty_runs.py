@@ -17,7 +17,7 @@ from support.built import make_bundle
 from support.faults import Fault, faulty_engine
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 320, "max_position_embeddings": 64}
-_LAYERS = {"fp32": 3, "fp8": 2}
+_LAYERS = {"fp32": 3, "bf16": 2, "fp8": 2}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Judged:
 
 
 def judged_bundle(kind: str, folder: Path) -> Judged:
-    """A model with YaRN over 64 trained positions, in "fp32" or "fp8".
+    """A model with YaRN over 64 trained positions, in "fp32", "bf16" or "fp8".
 
     Two sequences over two pages each, beyond the trained length, in chunks that end inside pages.
     """

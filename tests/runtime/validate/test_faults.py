@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.faults import FAULTS, Fault
 from support.faulty_runs import Judged, compare, judged_bundle, locate, row_start
+from support.more_faults import MORE_FAULTS, PRECISIONS
 from support.sources import ROOT
 
 from angelforge.runtime.validate.compare import first_failure
@@ -32,6 +33,21 @@ def test_faults_are_located(judged: dict[str, Judged], fault: Fault, tmp_path: P
     assert (first.place, first.operator) == (fault.place, fault.operator), "\n".join(describe(first))
     assert first.result.worst or "needs" in first.note
     assert row_start(fault, first) in PAGE.read_text(encoding="utf-8"), "run make faults and put the table there"
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Judged]:
+    """The same in all precisions."""
+    return {kind: judged_bundle(kind, tmp_path_factory.mktemp(kind)) for kind in PRECISIONS}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", MORE_FAULTS, ids=lambda fault: f"{fault.name}, {fault.bundle}")
+def test_more_faults_are_located(every: dict[str, Judged], fault: Fault, tmp_path: Path) -> None:
+    """Small ones, too: one value of one expert."""
+    first = locate(every[fault.bundle], fault, tmp_path)
+    assert first is not None, "not found"
+    assert (first.place, first.operator) == (fault.place, fault.operator), "\n".join(describe(first))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp8"])

@@ -36,29 +36,30 @@ def test_errors_are_polygraphys(tmp_path: Path) -> None:
         make_runner("judge", str(tmp_path / "model.onnx"))
 
 
-def test_a_wrong_engine_fails_on_polygraphys_command_line(tmp_path: Path) -> None:
-    """Through the entry points: a code that is not 0, and a sentence that names the runners; so errors of one."""
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "judge: ONNX Runtime on the graph vs. engine: cpu | Passed: 0/1 iterations"),
+        pytest.param(("--angelforge-target", "h21"), "There is no target 'h21'", marks=pytest.mark.full),
+        pytest.param(
+            ("--angelforge-reference", "--angelforge-callable", "nowhere:f"), "nowhere", marks=pytest.mark.full
+        ),
+    ],
+)
+def test_what_is_wrong_fails_on_polygraphys_command_line(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
+    """Through the entry points, an engine with gate and up swapped among them: not code 0, and a sentence."""
     sizes = {"num_hidden_layers": 3, "vocab_size": 320}
     _, bundle = make_bundle(tmp_path, sizes, ExportOptions(precision=Precision.FP32))
     (tmp_path / "data.py").write_text(
         "from angelforge.runtime.validate.data import feed_dicts\nload_data = lambda: feed_dicts('bundle', 1, 8)\n"
     )
-    command = [str(Path(sys.executable).with_name("polygraphy")), "run", "bundle/model.onnx", "--atol", "1e-4"]
-    command += ["--data-loader-script", "data.py", "--angelforge-judge", "--angelforge-engine"]
-
-    def run(*more: str) -> tuple[int, str]:
-        result = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
-        return result.returncode, result.stdout + result.stderr
-
     break_engine(bundle, swapped_gate_and_up)
-    code, said = run()
-    assert code != 0
-    assert "judge: ONNX Runtime on the graph vs. engine: cpu | Passed: 0/1 iterations" in said
-    assert "Traceback" not in said
-    code, said = run("--angelforge-target", "h21")
-    assert code != 0
-    assert "There is no target 'h21'" in said
-    assert "Traceback" not in said
+    command = [str(Path(sys.executable).with_name("polygraphy")), "run", "bundle/model.onnx", "--atol", "1e-4"]
+    command += ["--data-loader-script", "data.py", "--angelforge-judge", "--angelforge-engine", *more]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert said in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_errors_of_runners_are_polygraphys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
