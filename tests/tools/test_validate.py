@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from support.built import make_bundle
 from support.bundles import wrong_weight
 from support.faults import break_engine, swapped_gate_and_up
+from support.sources import ROOT
 
 from angelforge.bundle import Bundle
 from angelforge.engines.cpu import build_cpu
@@ -207,6 +208,28 @@ def test_precision_study(model: tuple[Path, Bundle], tmp_path: Path) -> None:
     page = tmp_path / "study.html"
     assert run(bundle.folder, *FEW, "--against", "fp32", "--html", page).exit_code == 0
     assert "svg" in _Page(page.read_text(encoding="utf-8")).tags
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("row", "precision", "against"),
+    [
+        ("bf16", "bf16", str(MODEL)),
+        ("fp8", "fp8", str(MODEL)),
+        ("fp8, activations alone (`--against fp32`)", "fp8", "fp32"),
+    ],
+)
+def test_the_page_shows_what_the_demos_precisions_cost(tmp_path: Path, row: str, precision: str, against: str) -> None:
+    """The table of docs/validation.md is of this toy; another machine's sums may tip a token over."""
+    export(str(MODEL), tmp_path / "bundle", ExportOptions(precision=Precision(precision)))
+    told = json.loads(run(tmp_path / "bundle", "--dialogues", "--against", against, "--json").stdout)
+    page = (ROOT / "docs/validation.md").read_text(encoding="utf-8").split("## What a precision costs")[1]
+    cells = next(line for line in page.splitlines() if line.startswith(f"| {row} |")).split(" | ")[1:]
+    assert told["mean_kl"] == pytest.approx(float(cells[0]), rel=0.3)
+    assert told["perplexity"] == pytest.approx([float(p) for p in cells[2].split(" → ")], rel=1e-3)
+    assert told["top1"] == pytest.approx(float(cells[3].removesuffix(" %")) / 100, abs=0.012)
+    shown = [float(share) / 100 for share in cells[6].removesuffix(" % |").split(" / ")]
+    assert [layer["same_set"] for layer in told["experts"]] == pytest.approx(shown, abs=0.025)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "FP8"])
