@@ -31,6 +31,8 @@ class DeviceHistories:
         self._columns = torch.arange(0, device=device)  # int64 [room]
         self._lines: weakref.WeakKeyDictionary[History, int] = weakref.WeakKeyDictionary()
         self._free: deque[int] = deque()  # lines given back: from any thread, so by `append` alone
+        self._last: tuple[list[int], int] = ([], 0)  # lines and room that `pack` was asked for last,
+        self._begins = np.empty(0, np.int64)  # and what it gave
         self._used = 0  # lines that were ever given out
 
     @property
@@ -48,11 +50,14 @@ class DeviceHistories:
         places: list[Int64] = []
         entries = []
         few: list[tuple[int, int, int]] = []  # place, id, count: of those that have changed by a few
-        lines = np.array([self._line_of(history) for history in histories], np.int64)
+        lines = [self._line_of(history) for history in histories]
         self._make_room(max(history.size for history in histories))
         assert self._table is not None
-        begins = lines * self._table.shape[1]
-        for begin, history in zip(begins.tolist(), histories, strict=True):
+        room = self._table.shape[1]
+        if (lines, room) != self._last:  # else the same object as before, which is not sent again
+            self._last, self._begins = (lines, room), np.array(lines, np.int64) * room
+        for line, history in zip(lines, histories, strict=True):
+            begin = line * room
             ids, counts, changed = history.ids, history.counts, history.changes(self)
             if changed is None:
                 places.append(np.arange(begin, begin + history.size))
@@ -67,7 +72,7 @@ class DeviceHistories:
         if places:
             packed.add("history.places", places[0] if len(places) == 1 else np.concatenate(places))
             packed.add("history.entries", entries[0] if len(entries) == 1 else np.concatenate(entries))
-        return begins
+        return self._begins
 
     def update(self, packed: Packed) -> None:
         """Writes what `pack` has sent."""

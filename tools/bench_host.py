@@ -27,6 +27,7 @@ class Row:
     slow: float  # of the same, what 99 % of the steps do not exceed
     launch: float  # of it: choosing the captured size, padding, the one copy, launching the captured step
     ask: float  # of it: what a device that samples is told, and the rules on the few logits that come back
+    idle: float  # of it: from the tokens' arrival to the next launch, while the GPU has nothing to do
     numpy: float  # what sampling in NumPy takes instead of `ask`
     bound: float  # once for each captured size: binding 614 tensors
     goal: float | None
@@ -42,6 +43,7 @@ class Row:
             steps[len(steps) * 99 // 100],
             median(device.launches),
             median(device.draws),
+            median(device.idle),
             median(host.draws),
             device.bound,
             GOALS.get(batch),
@@ -58,7 +60,8 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
 
     The stepper, the runner and the sampler are those of a TensorRT engine at AntAngelMed's sizes; every request has
     penalties, a temperature, top-k, top-p and stop strings, and the tokenizer has 157,184 ids. On a GPU all is
-    launched, and waited for; without one, what the driver and torch's calls for sampling take is not in it.
+    launched, and waited for; without one, what the driver and torch's calls for sampling take is not in it. These
+    calls are made while the GPU computes the step: what it waits for stands under "GPU idle".
 
     \b
     Example:
@@ -78,7 +81,18 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
         print_json([vars(row) for row in rows])
         return
     print_table(
-        ("batch", "host µs", "fastest", "99 %", "of it launch", "of it ask", "goal", "NumPy sampling", "bound once"),
+        (
+            "batch",
+            "host µs",
+            "fastest",
+            "99 %",
+            "of it launch",
+            "of it ask",
+            "GPU idle",
+            "goal",
+            "NumPy sampling",
+            "bound once",
+        ),
         [
             tuple(
                 "" if value is None else f"{value:.0f}"
@@ -89,6 +103,7 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
                     row.slow,
                     row.launch,
                     row.ask,
+                    row.idle,
                     row.goal,
                     row.numpy,
                     row.bound,

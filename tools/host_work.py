@@ -46,6 +46,7 @@ class Timed:
     steps: list[float] = field(default_factory=list)  # whole, without the arithmetic of sampling
     launches: list[float] = field(default_factory=list)  # of it: size, padding, copy, launch of the captured step
     draws: list[float] = field(default_factory=list)
+    idle: list[float] = field(default_factory=list)  # of it: what a GPU waits for, from a step's end to the next launch
     bound: float = 0.0  # for binding the engine's tensors to one captured size, once
 
 
@@ -116,7 +117,8 @@ class DeviceDraw(DeviceSampler):
         self._next = 0
         self._found: dict[int, dict[str, Any]] = {}  # what a device gives back, by the number of rows
         self.seconds = 0.0  # of the last round
-        self.left_out = 0.0  # of it what a device would do
+        self.hidden = 0.0  # of it what is done while the device still computes the step: all that is handed out
+        self.left_out = 0.0  # what a device would do, not counted
 
     def answer(
         self,
@@ -130,6 +132,7 @@ class DeviceDraw(DeviceSampler):
         round_ = Round(logits.shape, draws, judged, scored)
         packed = self.prepare(round_)
         handed_out = perf_counter()
+        self.hidden = handed_out - begin
         self.left_out = 0.0
         if self.device.type == "cuda":
             found = round_.compute(logits, packed, self.histories).fetch()
@@ -167,6 +170,7 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
         seconds = perf_counter() - begin
         found.steps.append(1e6 * (seconds - (here.seconds if on_host else there.left_out)))
         found.launches.append(1e6 * engine.seconds)
+        found.idle.append(found.steps[-1] - 1e6 * (0.0 if on_host else there.hidden))
         found.draws.append(1e6 * (here.seconds if on_host else there.seconds))
     engine.close()
     return found

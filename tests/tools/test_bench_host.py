@@ -20,6 +20,7 @@ def test_each_batch_is_told() -> None:
     for row in rows:
         assert 0 < row["launch"] + row["ask"] < row["host"] <= row["slow"]
         assert row["least"] <= row["host"]
+        assert row["launch"] < row["idle"] < row["host"]
         assert min(row["numpy"], row["bound"]) > 0
     result = CliRunner().invoke(main, arguments)
     assert "NumPy sampling" in result.stdout
