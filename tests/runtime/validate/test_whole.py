@@ -114,10 +114,10 @@ def test_other_weights_fail(model: tuple[Path, Bundle], tmp_path: Path) -> None:
 def test_a_reference_can_fail(model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing, and one that says something that is no number."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "no_model.py").write_text(
+    (tmp_path / "nothing_model.py").write_text(
         "import numpy as np\n\ndef zero(ids):\n    return np.zeros((len(ids), 320))\n"
         "\ndef nan(ids):\n    return zero(ids) * np.nan\n"
     )
     for name in ("zero", "nan"):
-        compute = load_reference_for(f"no_model:{name}", model[1])
+        compute = load_reference_for(f"nothing_model:{name}", model[1])
         assert not judged(model[1], ReferenceRunner(model[1], compute, name, planned().num_pages)).ok
