@@ -13,9 +13,13 @@ from support.stub_draft import StubDraft, noisy
 
 from angelforge import LLM, SamplingParams
 from angelforge.runtime import device_history
+from angelforge.runtime.device_adjusting import Place
 from angelforge.runtime.device_history import DeviceHistories
+from angelforge.runtime.device_round import Scored
+from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.device_transfer import Packed, Parcel
 from angelforge.runtime.history import History
+from angelforge.runtime.logprobs import row_logprobs
 
 VOCAB = 37
 ALL = {
@@ -185,3 +189,22 @@ def test_a_watch_refuses_what_a_gpu_would() -> None:
     with pytest.raises(AssertionError, match="within `watched`"):
         far(torch.ones(3)) + 1
     assert Watch().launches == 0
+
+
+def test_logprobs_of_many_rows() -> None:
+    """More than are measured at once, of places of every kind, and of prompts: those of the host."""
+    rng = np.random.default_rng(3)
+    kinds = [{}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0}, {"repetition_penalty": 1.3}]
+    logits = rng.standard_normal((210, VOCAB)).astype(np.float32)
+    places = []
+    for row in range(150):
+        params = SamplingParams(logprobs=row % 3, seed=row, **kinds[row % 4])
+        history = History(rng.integers(0, VOCAB, 5)) if params.penalizes else None
+        places.append(Place(row, params, history, np.random.default_rng(row), logprobs=row % 3))
+    scored = [Scored(row, row % VOCAB, 2) for row in range(150, 210)]
+    answer = DeviceSampler(torch.device("cpu")).answer(torch.from_numpy(logits), places, (), scored)
+    asked = [(place.row, int(token), place.row % 3) for place, token in zip(places, answer.tokens, strict=True)]
+    for row, token, count in [*asked, *((each.row, each.token, each.count) for each in scored)]:
+        found, (wanted,) = answer.logprob(row, token, count), row_logprobs(logits[row : row + 1], [token], count)
+        assert (found.token, [place for place, _ in found.top]) == (token, [place for place, _ in wanted.top])
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
