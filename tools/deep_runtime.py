@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -79,8 +80,11 @@ def compare_sampling(device: str, rows: int = ROWS) -> str:
     text = f"agrees with the host; {rows} rows: greedy {plain:.0f} µs, top-k, top-p and penalty {ruled:.0f} µs"
     if there.device.type != "cuda":
         return text
-    if (waits := synchronisations(lambda: sample(sampler, there, sampled))) != 1:
-        raise AngelForgeError(f"{text}; but the host waits {waits} times in a step, once was expected")
+    measured = [Asking(replace(params, logprobs=5), History(history)) for _ in range(rows)]
+    for name, requests in {"greedy": greedy, "all rules": sampled, "logprobs": measured}.items():
+        sample(sampler, there, requests)
+        if (waits := synchronisations(partial(sample, sampler, there, requests))) != 1:
+            raise AngelForgeError(f"{text}; but the host waits {waits} times in a step ({name}), once was expected")
     return f"{text}; the host waits once"
 
 
