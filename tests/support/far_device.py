@@ -50,6 +50,11 @@ class Far(torch.Tensor):
 class Watch(TorchDispatchMode):
     """Counts what crosses: `fetches` (waits for the device), `sends`, `launches`, and `waits` beside the fetches."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, for seconds, in order not to compile this."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.fetches, self.sends, self.launches = 0, 0, 0
