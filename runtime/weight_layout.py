@@ -120,13 +120,14 @@ def pieces_of(placement: Placement, most: int) -> Iterator[Piece]:
     row = info.shape[axis] * inner
     runs = tuple((cut.start * inner, cut.stop * inner) for cut in placement.slices)
     target = placement.offset
-    if row > most or min(end - begin for begin, end in runs) >= _LONG_RUN:
+    widest = max(row, sum(end - begin for begin, end in runs))  # slices may overlap and keep more than a row
+    if widest > most or min(end - begin for begin, end in runs) >= _LONG_RUN:
         for index in range(rows):
             for begin, end in runs:
                 yield from _run(info, index * row + begin, end - begin, target, most)
                 target += end - begin
         return
-    at_once = most // row
+    at_once = most // widest
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
         piece = Piece(info.path, info.offset + first * row, count * row, target, row, runs)

@@ -70,6 +70,16 @@ def test_tied_weights_share_their_bytes(tensors: dict[str, TensorInfo]) -> None:
     assert weights.address("head") == weights.address("b")
 
 
+def test_overlapping_slices_may_keep_more_than_a_row(
+    tensors: dict[str, TensorInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_weights, "STAGING", 2048)  # two rows of 1,001 bytes, but not 2 x 1,200
+    cuts, need = [Slice(1, 0, 600), Slice(1, 100, 700)], {"b": Wanted(tensors["b"].dtype, (700, 1200))}
+    weights = load_weights(place_weights({"b": tensors["b"]}, need, {"b": cuts}), DEVICE)
+    full = read_tensor(tensors["b"])
+    assert weights.bytes_of("b").cpu().numpy().tobytes() == as_bytes(np.hstack([full[:, :600], full[:, 100:700]]))
+
+
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     data=st.data(),
