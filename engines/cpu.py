@@ -96,7 +96,7 @@ def open_draft_engine(bundle: Bundle, ranks: int = 1) -> bytes:
 def _open(bundle: Bundle, role: str, ranks: int) -> bytes:
     folder = engine_folder(bundle, TARGET, ranks)
     manifest = EngineManifest.load(folder, MANIFESTS[role])
-    manifest.require({"backend": "onnxruntime", "backend_version": onnxruntime.__version__, **bundle_facts(bundle)})
-    manifest.require({"tensor_parallel": ranks, **graph_facts(bundle, role, ranks)})
+    manifest.require({"backend": "onnxruntime", "backend_version": onnxruntime.__version__})
+    manifest.require_bundle(bundle, role, ranks)
     manifest.require({"engine_digest": file_digest(folder / manifest.engine)})
     return (folder / manifest.engine).read_bytes()

@@ -13,6 +13,8 @@ from angelforge.engines.footprint import Kind, WeightBytes
 class DecodeLimit:
     """Tokens per second of all sequences together if every byte is read once at nominal bandwidth.
 
+    One token of each sequence a step, without a draft: a round that accepts several reads no less, and gives more.
+
     Between ranks also what they send each other, one after the other with the reading.
     """
 
@@ -41,7 +43,7 @@ def decode_limit(
 ) -> DecodeLimit:
     """The limit at `batch` sequences that each hold `context` tokens; `kv_per_token` is that of one rank.
 
-    Read each step: all weights but the embedding and tables (rows of them are looked up), a draft's once, of the routed
+    Read each step: all weights but the embedding and tables (rows of them are looked up), of the routed
     experts `experts` a layer (None: as many as random routing reaches), and the whole cache of every sequence. `sent`
     is what ranks tell each other.
     """

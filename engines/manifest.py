@@ -24,8 +24,8 @@ _DIFFERENCES = {
     "engine_bytes": "has {needed} bytes, expected {found}: it was cut off or replaced",
     "model_digest": "was built for another model configuration ({found}) than the bundle's ({needed})",
     "graph_digest": "was built from another graph ({found}) than the bundle's ({needed})",
-    "target_digest": "was built beside the target {found}, but the bundle's target is {needed}",
-    "draft_digest": "was built beside the draft {found}, but the bundle's draft is {needed}",
+    "target_digest": "was built for another target ({found}) than the bundle's ({needed})",
+    "draft_digest": "was built for another draft ({found}) than the bundle's ({needed})",
     "precision": "was built for precision {found}, but the bundle has {needed}",
     "max_context": "was built for contexts of {found} tokens, but the bundle has {needed}",
     "page_size": "was built for pages of {found} tokens, but the bundle has {needed}",
@@ -37,6 +37,11 @@ _DIFFERENCES = {
     "driver": "was built with driver {found}, but this machine has the older {needed}",
     "tensor_parallel": "was built for {found} ranks, but {needed} are to run it",
 }
+
+
+# How it is told that one side has no draft at all: what the engine was built from, what the bundle is.
+_WITHOUT_DRAFT = "was built without the draft ({needed}) that the bundle has"
+_DRAFT_GONE = "was built with a draft ({found}), but the bundle has none"
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,32 @@ class EngineManifest:
                 continue
             if isinstance(found, Mapping) and isinstance(needed, Mapping):
                 found, needed = _differing(found, needed), _differing(needed, found)
-            said = _DIFFERENCES[name].format(found=_shown(found), needed=_shown(needed))
+            sentence = _DIFFERENCES[name]
+            if name == "draft_digest" and None in (found, needed):
+                sentence = _WITHOUT_DRAFT if found is None else _DRAFT_GONE
+            said = sentence.format(found=_shown(found), needed=_shown(needed))
             shared = f" --tensor-parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
             raise AngelForgeError(
                 f"The engine for {self.target} {said}. Build it again: angelforge build --target {self.target}{shared}."
             )
+
+    def require_bundle(self, bundle: Bundle, role: str, ranks: int = 1) -> None:
+        """Compares the engine with the bundle's configuration and with the graphs that it was built from.
+
+        What an engine was built from comes before the operators that follow from it: a draft brings its own.
+
+        Raises:
+            AngelForgeError: as `require` does.
+        """
+        facts = bundle_facts(bundle)
+        operators = facts.pop("operators")
+        self.require(facts | {"tensor_parallel": ranks})
+        graphs = graph_facts(bundle, role, ranks)
+        graph = graphs.pop("graph_digest")
+        # Another version of an operator changes both graphs: that is told as what it is.
+        self.require({"operators": {name: operators.get(name, version) for name, version in self.operators.items()}})
+        self.require(graphs)
+        self.require({"operators": operators, "graph_digest": graph})
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _plan_once(request: PlanRequest) -> Plan:
         fits=fits,
         problem=None if fits else _problem(left, usable, needed, request),
         remedies=(),
-        limits=_limits(request, weights, kv + draft_kv),
+        limits=_limits(request, tuple(item for item in weights if not item.kind.drafted), kv),
     )
 
 
@@ -120,6 +120,7 @@ def _problem(left: int, usable: int, needed: int, request: PlanRequest) -> str:
 
 
 def _limits(request: PlanRequest, weights: tuple[WeightBytes, ...], kv: int) -> tuple[DecodeLimit, ...]:
+    """The limits of plain decoding: what a round with a draft gives depends on what of it is accepted."""
     bandwidth = request.target.bandwidth
     if bandwidth is None:
         return ()

@@ -6,7 +6,7 @@ from hashlib import sha256
 from angelforge.bundle import Bundle
 from angelforge.diskerrors import explained
 from angelforge.engines.build import kernel_digests
-from angelforge.engines.manifest import MANIFESTS, EngineManifest, bundle_facts, engine_folder, graph_facts
+from angelforge.engines.manifest import MANIFESTS, EngineManifest, engine_folder
 from angelforge.engines.profiles import Profile
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.registry import OPERATORS
@@ -40,9 +40,8 @@ def open_tensorrt_engine(
         plan = file.read_bytes()
     manifest.require({"engine_bytes": len(plan)})
     manifest.require({"engine_digest": sha256(plan).hexdigest()})
-    manifest.require({**bundle_facts(bundle), "operators": _own_versions(manifest)})
-    manifest.require({"operators": dict(bundle.manifest.operators), "tensor_parallel": tensor_parallel})
-    manifest.require(graph_facts(bundle, role, tensor_parallel))
+    manifest.require({"operators": _own_versions(manifest)})
+    manifest.require_bundle(bundle, role, tensor_parallel)
     manifest.require({"kernels": kernel_digests(bundle)})
     manifest.require({"backend": library.flavour, "backend_version": library.version})
     require_gpu_of(manifest, gpu)

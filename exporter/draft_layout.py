@@ -51,6 +51,24 @@ def draft_tensors(draft: DraftConfig, precision: Precision, max_context: int) ->
     ]
 
 
+def require_stackable(draft: DraftConfig, precision: Precision) -> None:
+    """Raises AngelForgeError for an FP8 draft whose scales of q, k and v are no blocks of the one matrix of a bundle.
+
+    `draft` is the checkpoint's own.
+    """
+    if not precision.quantized or draft.quantization is None:
+        return
+    block = draft.quantization.block[0]
+    queries, pairs = (n * draft.head_dim for n in (draft.num_attention_heads, draft.num_key_value_heads))
+    for name, size in {"hidden_size": draft.hidden_size, "query rows": queries, "key rows": pairs}.items():
+        if size % block:
+            raise AngelForgeError(
+                f"The draft is FP8 and its {name} are {size}, which is no multiple of the scale block ({block}), so "
+                "the scales of its q, k and v projections cannot be stacked. Use --precision bf16, or an unquantised "
+                "draft."
+            )
+
+
 def _qkv(draft: DraftConfig, precision: Precision) -> Iterator[BundleTensor]:
     """q, k and v below each other; in FP8 the columns for the token apart from those for the state (see `draft.py`)."""
     hidden = draft.hidden_size
@@ -67,20 +85,9 @@ def _qkv(draft: DraftConfig, precision: Precision) -> Iterator[BundleTensor]:
     if not precision.quantized:
         yield from stacked("qkv_proj.weight", None, 2 * hidden)
         return
-    if draft.quantization is not None:
-        _check_blocks({"hidden_size": hidden, "query rows": queries, "key rows": pairs}, draft.quantization.block[0])
+    require_stackable(draft, precision)
     yield from stacked("qkv_proj.token.weight", (0, hidden), hidden)
     yield from stacked("qkv_proj.state.weight", (hidden, 2 * hidden), hidden)
-
-
-def _check_blocks(sizes: Mapping[str, int], block: int) -> None:
-    for name, size in sizes.items():
-        if size % block:
-            raise AngelForgeError(
-                f"The draft is FP8 and its {name} are {size}, which is no multiple of the scale block ({block}), so "
-                "the scales of its q, k and v projections cannot be stacked. Use --precision bf16, or an unquantised "
-                "draft."
-            )
 
 
 def draft_sources(draft: DraftCheckpoint) -> Mapping[str, TensorInfo]:

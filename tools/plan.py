@@ -13,6 +13,7 @@ from angelforge.engines.limits import BuildOptions, draft_depth
 from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
 from angelforge.errors import AngelForgeError, UsageError
+from angelforge.exporter.draft_layout import require_stackable
 from angelforge.machine import memory
 from angelforge.precision import Precision
 from angelforge.targets import TARGETS, Target, get_target
@@ -74,6 +75,8 @@ def plan(
     """
     model = read_model(checkpoint, layers, rope_scaling, draft)
     chosen = Precision(precision) if precision else model.precision
+    if model.draft is not None and model.bundle is None:  # in a bundle they stand together already
+        require_stackable(model.draft, chosen)
     if sizes["max_context"] is None:
         sizes["max_context"] = model.max_context
     requests = [

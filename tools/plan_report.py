@@ -51,7 +51,7 @@ def print_plan(plan: Plan) -> None:
             for x in plan.limits
         ]
         columns = ["batch", "context", "bytes a step", *["sums over devices"] * many]
-        print_table([*columns, "tokens/s at most (nominal bandwidth)"], limits)
+        print_table([*columns, "tokens/s at most, without a draft (nominal bandwidth)"], limits)
     click.echo(_verdict(plan))
 
 
@@ -76,7 +76,8 @@ def print_comparison(plans: Sequence[Plan]) -> None:
     columns += ["limit, batch 1", "limit, batch 32", *["sums, batch 1", "sums, batch 32"] * several, "what helps"]
     click.echo(f"\n{plans[0].precision}, context {plans[0].max_context:,} (bytes of one device)")
     print_table(columns, rows)
-    click.echo("Limits are tokens/s of all sequences together at nominal bandwidth. Details: --target NAME.")
+    told = "Limits are tokens/s of all sequences together at nominal bandwidth, without a draft."
+    click.echo(f"{told} Details: --target NAME.")
 
 
 def _place(kind: Kind) -> str:

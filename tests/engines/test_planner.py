@@ -312,8 +312,7 @@ def test_a_draft_takes_weights_and_pages() -> None:
     assert without.left - found.left == sum(item.total for item in weights)
     assert found.page_bytes - without.page_bytes == 64 * draft_kv_bytes_per_token(draft, DType.BF16)
     assert found.weights[-2:] == weights
-    cache = found.limits[0].context * draft_kv_bytes_per_token(draft, DType.BF16)
-    assert found.limits[0].bytes_per_step - without.limits[0].bytes_per_step == weights[0].total + cache
+    assert found.limits == without.limits  # they are those of a token a step; a round with a draft gives more
     assert found.pages < without.pages
 
 

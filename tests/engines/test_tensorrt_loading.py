@@ -114,7 +114,7 @@ DAMAGES: list[tuple[str, Callable[[Bundle], None], str]] = [
     ("operator added", manifest(operators={"Norm": 1}), r"has the operators none of them, but .*Linear 1"),
     ("other kernels", manifest(kernels={"Norm": "0" * 64}), r"has the kernels Norm 000000000000, but this version has"),
     ("bundle changed", other_graph, r"was built from another graph \(\w{12}\) than the bundle's \(\w{12}\)"),
-    ("draft removed", manifest(draft_digest="a" * 64), r"beside the draft a{12}, but the bundle's draft is none"),
+    ("draft removed", manifest(draft_digest="a" * 64), r"built with a draft \(a{12}\), but the bundle has none"),
     ("other library", manifest(backend="tensorrt"), r"is for tensorrt, but tensorrt-rtx is to run it"),
     ("other version", manifest(backend_version="1.0"), r"built with version 1.0 of its library, but version 1\.7"),
     ("other GPU", manifest(gpu="NVIDIA L40"), r"built on a NVIDIA L40, but this machine has a NVIDIA GeForce RTX 4090"),
@@ -148,7 +148,7 @@ def test_a_swapped_draft_is_told(bundle: Bundle) -> None:
     draft.write_bytes(b"draft")
     graphs = {**bundle.manifest.graphs, "draft": draft.name}
     swapped = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
-    with pytest.raises(AngelForgeError, match=r"built beside the draft none, but the bundle's draft is \w{12}"):
+    with pytest.raises(AngelForgeError, match=r"was built without the draft \(\w{12}\) that the bundle has"):
         open_engine(swapped)
 
 

@@ -210,8 +210,23 @@ def test_a_wrong_pairing_is_refused(tmp_path: Path, pair: Pair, rebuilt: tuple[B
     OnnxRuntimeEngine(bundle, 4).close()
     for file in (*old.glob("draft-*.onnx"), old / "draft.json"):
         shutil.copyfile(file, new / file.name)
-    with pytest.raises(AngelForgeError, match=r"was built (beside the|from another graph)"):
+    with pytest.raises(AngelForgeError, match=r"was built for another (target|draft)"):
         OnnxRuntimeDraft(bundle, OnnxRuntimeEngine(bundle, 4))
+
+
+def test_that_an_engine_knows_no_draft_is_told_as_that(tmp_path: Path, pair: Pair) -> None:
+    """Not as operators that are there or not, which the draft brought along; the other way round too."""
+    plain = ExportOptions(precision=Precision.FP32)
+    drafted = ExportOptions(precision=Precision.FP32, draft=str(pair.draft_folder))
+    for first, second, message in (
+        (plain, drafted, r"was built without the draft \(\w{12}\) that the bundle has\. Build it again"),
+        (drafted, plain, r"was built with a draft \(\w{12}\), but the bundle has none\. Build it again"),
+    ):
+        build_cpu(export(str(pair.checkpoint), tmp_path / "bundle", first))
+        bundle = export(str(pair.checkpoint), tmp_path / "bundle", second)
+        with pytest.raises(AngelForgeError, match=message):
+            OnnxRuntimeEngine(bundle, 4)
+        shutil.rmtree(tmp_path / "bundle")
 
 
 def test_an_export_without_a_draft_removes_the_old_one(pair: Pair, rebuilt: tuple[Bundle, Bundle]) -> None:

@@ -195,6 +195,19 @@ def test_sizes_that_are_served_slowly_are_noted(tmp_path: Path) -> None:
     )
 
 
+def test_a_draft_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    """Scales that cannot be stacked: one check for `plan` and `export`; in bf16 they need not be."""
+    source = changed(tmp_path)
+    (tmp_path / "draft").mkdir()
+    draft = {**FULL_DRAFT_CONFIG, "num_key_value_heads": 1, "head_dim": 64, "quantization_config": FP8_BLOCK}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(draft))
+    arguments = (source, "--draft", tmp_path / "draft", "--target", "h200", "--precision")
+    for target in ((), ("--target", "h200")):
+        refused = run(*arguments[:3], *target, "--precision", "fp8")
+        assert refused.exit_code == 1 and "key rows are 64" in refused.output
+    assert run(*arguments, "bf16").exit_code == 0
+
+
 def test_a_drafts_operators_are_asked_too(tmp_path: Path) -> None:
     """What no kernel serves is refused with the draft's layer and operator; what is slow is noted as the draft's."""
     config = ModelConfig.load(changed(tmp_path)).with_layers(2)
