@@ -17,10 +17,10 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of device. None where a figure depends on the machine (the CPU)."""
+    """One kind of device. None where a figure depends on the machine (`cpu`, and `cuda`: any NVIDIA GPU)."""
 
     name: str
-    architecture: str  # "sm_90" and so on, or "cpu"
+    architecture: str  # "sm_90" and so on, "cpu", or "cuda" for any GPU
     memory_bytes: int | None
     bandwidth: float | None  # memory, bytes/s
     sms: int | None
@@ -32,7 +32,15 @@ class Target:
     @property
     def device(self) -> str:
         """What torch calls such a device."""
-        return "cpu" if self.backend == "onnxruntime" else "cuda"
+        return "cpu" if self.architecture == "cpu" else "cuda"
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises UsageError where so many devices of this kind cannot share a model."""
+        if ranks > 1 and self.backend == "onnxruntime" and self.device != "cpu":
+            raise UsageError(
+                f"{ranks} ranks were asked for, but target {self.name} runs on one GPU. Leave --tensor-parallel out, "
+                "or take a target that TensorRT builds for."
+            )
 
 
 _TRT: Backend = "tensorrt"
@@ -42,6 +50,7 @@ _NVLINK, _PCIE4, _PCIE5 = 450e9, 32e9, 64e9
 # The 141 GB variant of the H20 has the H200's memory. Memory: MiB of nvidia-smi × 2²⁰, rounded down.
 _ROWS = (
     Target("cpu", "cpu", None, None, None, None, None, None, "onnxruntime"),
+    Target("cuda", "cuda", None, None, None, None, None, None, "onnxruntime"),
     Target("h20", "sm_90", 102_600_000_000, 4.0e12, 78, 148e12, 296e12, _NVLINK, _TRT),
     Target("h20-141g", "sm_90", 150_700_000_000, 4.8e12, 78, 148e12, 296e12, _NVLINK, _TRT),
     Target("h100", "sm_90", 85_500_000_000, 3.35e12, 132, 989e12, 1979e12, _NVLINK, _TRT),

@@ -55,8 +55,10 @@ def session_options(weights_root: Path, threads: int = 0) -> onnxruntime.Session
     return options
 
 
-def optimize(model: ir.Model) -> bytes:
-    """The graph of `model` with functions inlined and fused, as a serialised ONNX model.
+def optimize(model: ir.Model, fuse: bool = True) -> bytes:
+    """The graph of `model` with functions inlined, as a serialised ONNX model.
+
+    With `fuse` some nodes become fused ones of ONNX Runtime's own, which the CPU has; without all are ONNX's.
 
     Raises:
         AngelForgeError: ONNX Runtime refuses the graph.
@@ -67,7 +69,8 @@ def optimize(model: ir.Model) -> bytes:
         _place_sparse_files(model, root)
         optimized = root / "optimized.onnx"
         options = session_options(root)
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if fuse else levels.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(optimized)
         try:
             onnxruntime.InferenceSession(

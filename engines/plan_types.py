@@ -93,5 +93,6 @@ def check_request(request: PlanRequest) -> None:
             f"{too_long_remedy(c, request.max_context)}"
         )
     rank_config(c, request.precision, ranks)
+    request.target.check_ranks(ranks)
     if ranks > 1 and request.target.backend == "onnxruntime":
         raise UsageError(f"Ranks on a CPU share its memory: plan the target {request.target.name} for one rank.")

@@ -45,7 +45,7 @@ def plan(request: PlanRequest) -> Plan:
 def _plan_once(request: PlanRequest) -> Plan:
     check_request(request)
     c, target, ranks = request.config, request.target, request.tensor_parallel
-    # ONNX Runtime has no bf16 arithmetic on a CPU: there a build widens the pool and all activations to f32.
+    # ONNX Runtime has no bf16 arithmetic on a CPU: for it a build widens the pool and all activations to f32.
     dtype = DType.F32 if target.backend == "onnxruntime" else request.precision.activation
     memory = _memory(request)
     weights = weight_bytes(c, request.precision, request.max_context, ranks)
@@ -56,7 +56,7 @@ def _plan_once(request: PlanRequest) -> Plan:
     activations = request.activations
     if activations is None:
         activations = activation_bytes(part, dtype, request.max_tokens, request.max_batch, ranks)
-    device = CPU_RESERVE if target.backend == "onnxruntime" else DEVICE_RESERVE
+    device = CPU_RESERVE if target.device == "cpu" else DEVICE_RESERVE
     left = memory - per_rank - activations - device
     kv = kv_bytes_per_token(part, dtype)
     page = kv * request.page_size + partial_bytes(part, request.page_size, 0)

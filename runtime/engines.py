@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
 from angelforge.runtime.batch import Batch, Int64
-from angelforge.runtime.memory import cpu_pages
+from angelforge.runtime.memory import pool_pages
 from angelforge.targets import get_target
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_engine(
     """Loads the engine that was built for `target` into a bundle.
 
     The pool has `num_pages` pages, or what `kv_memory` bytes hold, with `draft` shared with the pool of the bundle's
-    draft; by default what `cpu_pages` gives, or on a GPU what is left. `threads` is for CPUs; by default all cores.
+    draft; by default what `pool_pages` gives, or with TensorRT what is left. `threads` is for CPUs; by default all.
     With a `group` it is the engine of all ranks; on every rank but the first this does not return: it works for the
     first one until that closes its engine, and then ends the process. `cuda_graphs` and `progress` (bytes done and in
     all while weights are loaded) are for GPUs. Raises AngelForgeError if the engine is missing, damaged or unfit.
@@ -98,11 +98,15 @@ def load_engine(
 
         return load_ranked(bundle, group, num_pages, kv_memory, max_batch, threads, draft)
 
+    from angelforge.runtime.onnxruntime_device import open_device
+
+    device = open_device(found)
     manifest = bundle.manifest
     if num_pages is None:
-        drafted = manifest.draft if draft else None
-        num_pages = cpu_pages(manifest.model, manifest.page_size, manifest.max_context, max_batch, kv_memory, drafted)
-    return OnnxRuntimeEngine(bundle, num_pages, threads or 0)
+        drafted, free = manifest.draft if draft else None, device.memory_bytes
+        sizes = (manifest.page_size, manifest.max_context, max_batch)
+        num_pages = pool_pages(manifest.model, *sizes, kv_memory, drafted, free)
+    return OnnxRuntimeEngine(bundle, num_pages, threads or 0, target=target, device=device)
 
 
 def load_draft(bundle: Bundle, target: str, engine: Engine, *, threads: int | None = None) -> DraftEngine:

@@ -69,6 +69,7 @@ class LLM:
         tokenizer, template = Tokenizer.load(opened.folder), ChatTemplate.load(opened.folder)
         drafting = speculate != 0 and (speculate != "auto" or opened.manifest.draft is not None)
         refuse_stray_ranks(tensor_parallel)
+        get_target(target).check_ranks(tensor_parallel)
         group = None if tensor_parallel == 1 else Group.join(tensor_parallel, get_target(target).device)
         engine = load_engine(
             opened,

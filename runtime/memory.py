@@ -1,4 +1,4 @@
-"""How many pages the KV cache gets on a CPU."""
+"""How many pages the KV cache gets with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ _SHARE = 4  # the cache takes at most this part of the free memory unless told o
 _LARGEST_SLOT = 2**31 - 1  # a slot number is an int32
 
 
-def cpu_pages(
+def pool_pages(
     config: ModelConfig,
     page_size: int,
     max_context: int,
     max_batch: int,
     kv_memory: int | None = None,
     draft: DraftConfig | None = None,
+    free: int | None = None,
 ) -> int:
     """Pages of a pool in f32, page 0 included: what `max_batch` sequences of `max_context` need, within the memory.
 
-    The memory is `kv_memory` bytes, or a quarter of what is free; a `draft` has as many pages of its own in it. Raises
-    UsageError if that many bytes hold no page, AngelForgeError if the free memory does not.
+    The memory is `kv_memory` bytes, or a quarter of what is `free`, by default on this machine; a `draft` has as many
+    pages of its own in it. Raises UsageError if that many bytes hold no page, AngelForgeError if the free memory does
+    not.
     """
     page_bytes = kv_bytes_per_token(config, DType.F32) * page_size
     if draft is not None:
         page_bytes += draft_kv_bytes_per_token(draft, DType.F32) * page_size
-    budget = kv_memory if kv_memory is not None else free_memory() // _SHARE
+    budget = kv_memory if kv_memory is not None else (free_memory() if free is None else free) // _SHARE
     fitting = budget // page_bytes
     if fitting < 2:
         found = f"{budget / 1e6:.1f} MB for the KV cache hold {fitting} pages of {page_bytes / 1e6:.1f} MB"

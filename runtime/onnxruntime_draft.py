@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import onnxruntime
-
 from angelforge.bundle import Bundle
 from angelforge.engines.cpu import open_draft_engine
 from angelforge.errors import AngelForgeError
@@ -32,27 +30,28 @@ class OnnxRuntimeDraft:
         self._target = target
         shape = (target.num_pages, 2, config.num_key_value_heads, target.page_size, config.head_dim)
         outputs = ("hidden_out", "target_ids", "logits")
-        self._session = PooledSession(bundle, open_draft_engine(bundle, ranks), outputs, 1, shape, threads)
+        engine = open_draft_engine(bundle, ranks, target.target)
+        self._session = PooledSession(bundle, engine, outputs, 1, shape, threads, target.device, ("hidden_out",))
         self._hidden: Any = None
         self._logits: Any = None
 
     @property
     def pool(self) -> Float32:
-        """The KV pool, live: f32 [num_pages, 2, kv_heads, page_size, head_dim]."""
+        """The KV pool f32 [num_pages, 2, kv_heads, page_size, head_dim]: live, of a GPU a copy."""
         return self._session.pools[0]
 
     def follow(self, batch: Batch, rows: Int64) -> Int64:
         """One step on the states that the target's last call computed in its rows `rows` int64 [T]."""
         hidden = self._target.draft_hidden
         if rows.shape[0] != hidden.shape()[0] or (rows[1:] <= rows[:-1]).any():
-            hidden = onnxruntime.OrtValue.ortvalue_from_numpy(hidden.numpy()[rows])
+            hidden = self._session.place(hidden.numpy()[rows])
         return self._run(batch, hidden)
 
     def extend(self, batch: Batch) -> Int64:
         """One step on the first T states that this draft's last call handed on."""
         tokens, hidden = batch.input_ids.shape[0], self._hidden
         if hidden.shape()[0] != tokens:
-            hidden = onnxruntime.OrtValue.ortvalue_from_numpy(hidden.numpy()[:tokens])
+            hidden = self._session.place(hidden.numpy()[:tokens])
         return self._run(batch, hidden)
 
     def logits(self) -> Float32:

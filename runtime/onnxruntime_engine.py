@@ -1,4 +1,4 @@
-"""Runs a bundle's CPU engine on ONNX Runtime."""
+"""Runs a bundle's engine on ONNX Runtime: target `cpu`, or `cuda`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from angelforge.bundle import Bundle
 from angelforge.config import ModelConfig
-from angelforge.engines.cpu import open_engine
+from angelforge.engines.cpu import TARGET, open_engine
 from angelforge.errors import AngelForgeError
 from angelforge.ranks import rank_config
 from angelforge.runtime.batch import Batch, Float32
+from angelforge.runtime.onnxruntime_device import CPU_DEVICE, OrtDevice
 from angelforge.runtime.onnxruntime_session import PooledSession
 
 if TYPE_CHECKING:
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
 class OnnxRuntimeEngine:
     """The target's session and its KV pool."""
 
-    def __init__(self, bundle: Bundle, num_pages: int, threads: int = 0, group: Group | None = None) -> None:
-        """Of one rank's part of the model with a `group`, of all of it without.
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_pages: int,
+        threads: int = 0,
+        group: Group | None = None,
+        *,
+        target: str = TARGET,
+        device: OrtDevice = CPU_DEVICE,
+    ) -> None:
+        """The engine built for `target` on `device`; of one rank's part of the model with a `group`, else of all of it.
 
         Raises AngelForgeError where bundle and engine do not fit each other or cannot be loaded.
         """
@@ -31,13 +41,15 @@ class OnnxRuntimeEngine:
         self.page_size = bundle.manifest.page_size
         self.max_context = bundle.manifest.max_context
         self.num_pages = num_pages
+        self.target, self.device = target, device
         outputs = ("logits",) if bundle.manifest.draft is None else ("draft_hidden", "logits")
         part = self.config if group is None else rank_config(self.config, bundle.manifest.precision, group.ranks)
         shape = (num_pages, 2, part.num_key_value_heads, self.page_size, self.config.head_dim)
         self._session: PooledSession | SegmentedSession
         if group is None:
             layers = self.config.num_hidden_layers
-            self._session = PooledSession(bundle, open_engine(bundle), outputs, layers, shape, threads)
+            engine = open_engine(bundle, target=target)
+            self._session = PooledSession(bundle, engine, outputs, layers, shape, threads, device, ("draft_hidden",))
         else:
             from angelforge.runtime.onnxruntime_segments import SegmentedSession
 
@@ -47,7 +59,7 @@ class OnnxRuntimeEngine:
 
     @property
     def pools(self) -> Sequence[Float32]:
-        """The KV pool of each layer, live: f32 [num_pages, 2, kv_heads, page_size, head_dim]."""
+        """The KV pool of each layer f32 [num_pages, 2, kv_heads, page_size, head_dim]: live, of a GPU a copy."""
         return self._session.pools
 
     @property

@@ -9,7 +9,7 @@ from angelforge.machine import cores
 from angelforge.ranks import rank_config
 from angelforge.runtime.engines import Engine
 from angelforge.runtime.group import Group
-from angelforge.runtime.memory import cpu_pages
+from angelforge.runtime.memory import pool_pages
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from angelforge.runtime.ranked_engine import RankedEngine, follow
 
@@ -36,7 +36,7 @@ def load_ranked(
             return num_pages
         all_heads = replace(manifest.model, num_key_value_heads=part.num_key_value_heads * ranks)
         drafted = manifest.draft if draft else None
-        return cpu_pages(all_heads, manifest.page_size, manifest.max_context, max_batch, kv_memory, drafted)
+        return pool_pages(all_heads, manifest.page_size, manifest.max_context, max_batch, kv_memory, drafted)
 
     if group.rank > 0:
         follow(load, group)

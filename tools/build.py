@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: Any) -> None:
     """Build a bundle's engine for a target. No weight is read: they may still be packed meanwhile.
 
-    TensorRT's engines (h20, h100, h200) are built on the GPU that they are for, those of TensorRT for RTX and the CPU's
-    on any machine. An interrupted build leaves the last engine as it was.
+    TensorRT's engines (h20, h100, h200) are built on the GPU that they are for, those of TensorRT for RTX, the CPU's
+    and ONNX Runtime's for any GPU (cuda) on any machine. An interrupted build leaves the last engine as it was.
 
     \b
     Example:
@@ -47,15 +47,16 @@ def build(bundle: Path, target: str, preflight: bool, as_json: bool, **sizes: An
     row = get_target(target)
     opened = Bundle.open(bundle)
     ranks = given.get("tensor_parallel", 1)
+    row.check_ranks(ranks)
     opened = _with_graph(opened, ranks)
     if row.backend == "onnxruntime":
         useless = [name for name in (*given, *["preflight"] * preflight) if name != "tensor_parallel"]
         if useless:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
             raise UsageError(f"{options}: of no use for target {target}, which is built for any sizes on any machine.")
-        from angelforge.engines.cpu import build_cpu
+        from angelforge.engines.cpu import build_onnxruntime
 
-        _tell(opened, build_cpu(opened, ranks), as_json)
+        _tell(opened, build_onnxruntime(opened, target, ranks), as_json)
         return
     from angelforge.engines.limits import BuildOptions
 

@@ -14,7 +14,7 @@ from angelforge.engines.planner import PlanRequest
 from angelforge.engines.planner import plan as make_plan
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.exporter.draft_layout import require_stackable
-from angelforge.machine import memory
+from angelforge.machine import gpus, memory
 from angelforge.precision import Precision
 from angelforge.targets import TARGETS, Target, get_target
 from angelforge.tools.options import json_option
@@ -33,7 +33,7 @@ def _ranks(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--target", help=f"One of {', '.join(TARGETS)}; without it all are compared.")
+@click.option("--target", help=f"One of {', '.join(TARGETS)}; without it all are compared, but `cuda`.")
 @click.option("--precision", type=click.Choice([p.value for p in Precision]), help="Default: the checkpoint's own.")
 @click.option(
     "--tensor-parallel",
@@ -119,7 +119,11 @@ def _operator_notes(requests: Sequence[PlanRequest]) -> list[str]:
 
 
 def _comparable(ranks: int) -> list[Target]:
-    return [target for target in TARGETS.values() if ranks == 1 or target.backend != "onnxruntime"]
+    return [
+        target
+        for target in TARGETS.values()
+        if target.backend != "onnxruntime" or (target.device == "cpu" and ranks == 1)
+    ]
 
 
 def _memory_bytes(target: Target, asked: float | None) -> int | None:
@@ -129,6 +133,13 @@ def _memory_bytes(target: Target, asked: float | None) -> int | None:
         return int(asked * 1e9)
     if target.memory_bytes is not None:
         return None
+    if target.device != "cpu":
+        sizes = [gpu.memory for gpu in gpus() if gpu.memory is not None]
+        if not sizes:
+            raise UsageError(
+                f"Target {target.name} is any GPU, and none here tells its memory: give it with --memory-gb."
+            )
+        return sizes[0]
     found = memory()
     if found is None:
         raise UsageError("This machine does not tell its memory: give it with --memory-gb.")

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from angelforge.bundle import Bundle
 from angelforge.engines.cpu import open_engine
 from angelforge.errors import UsageError
+from angelforge.runtime.onnxruntime_device import cuda_providers
 from angelforge.runtime.validate.compare import Finding
-from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner, cuda_providers
+from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner
 from angelforge.runtime.validate.data import Schedule
 from angelforge.runtime.validate.engine_graph import EngineGraph
 from angelforge.runtime.validate.halves import Halves

@@ -35,7 +35,7 @@ class ReplicaOptions:
     @property
     def gpus(self) -> int:
         """GPUs that each replica gets to itself."""
-        return int(get_target(self.target).backend != "onnxruntime")
+        return int(get_target(self.target).device != "cpu")
 
     @property
     def threads_each(self) -> int | None:

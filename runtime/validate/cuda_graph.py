@@ -7,35 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import onnxruntime
-
 from angelforge.bundle import Bundle
-from angelforge.errors import AngelForgeError
-from angelforge.plugins.tensorrt.gpu import find_gpu
-from angelforge.runtime.validate.cutting import CPU, OrtPiece, Provider, cut
+from angelforge.runtime.onnxruntime_device import Provider
+from angelforge.runtime.validate.cutting import OrtPiece, cut
 from angelforge.runtime.validate.engine_graph import Piece, Unit
 from angelforge.runtime.validate.operations import JudgeGraph, Operation, Stage, judge_graph
 from angelforge.runtime.validate.runners import StagedRunner
-
-CUDA: Provider = ("CUDAExecutionProvider", {"use_tf32": "0"})
-
-
-def cuda_providers() -> list[Provider]:
-    """CUDA, then the CPU for what it lacks.
-
-    Raises:
-        AngelForgeError: there is no GPU, or this ONNX Runtime has no CUDA provider.
-    """
-    if find_gpu() is None:
-        raise AngelForgeError(
-            "The engine cuda needs an NVIDIA GPU with a working driver, and there is none (angelforge doctor). "
-            "The engine cpu runs anywhere."
-        )
-    if CUDA[0] not in onnxruntime.get_available_providers():
-        raise AngelForgeError(
-            f"ONNX Runtime {onnxruntime.__version__} has no CUDA provider here: pip install onnxruntime-gpu."
-        )
-    return [CUDA, CPU]
 
 
 class ProviderGraph:

@@ -15,11 +15,10 @@ from onnx_ir import convenience
 
 from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS, fit_opset, session_options
 from angelforge.errors import AngelForgeError
+from angelforge.runtime.onnxruntime_device import CPU, Provider
 
 Array = NDArray[Any]
 Values = Mapping[str, Array]
-Provider = tuple[str, dict[str, str]]
-CPU: Provider = ("CPUExecutionProvider", {})
 _FP8 = ir.DataType.FLOAT8E4M3FN
 
 

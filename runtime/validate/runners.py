@@ -221,6 +221,11 @@ class EngineRunner(BundleRunner):
         try:
             pools = _pools(engine)
             for number, pool in enumerate(pools):
+                if isinstance(pool, np.ndarray) and not pool.flags.writeable:
+                    raise AngelForgeError(
+                        f"The engine {self.target} keeps its pool on a GPU where it cannot be set: compare with "
+                        "angelforge validate, which starts with an empty pool."
+                    )
                 given = feed[f"kv_cache.{number}"]
                 pool[...] = given if isinstance(pool, np.ndarray) else pool.new_tensor(given)
             outputs: Outputs = OrderedDict(logits=_host(engine.forward(Batch(**{n: feed[n] for n in INPUTS}))))

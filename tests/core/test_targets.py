@@ -7,12 +7,12 @@ from angelforge.targets import TARGETS, get_target
 
 
 def test_rows_are_plausible() -> None:
-    """Names are keys; GPUs have all figures; FP8 is twice bf16 within rounding; the CPU has none."""
+    """Names are keys; GPUs have all figures; FP8 is twice bf16 within rounding; ONNX Runtime's targets have none."""
     for name, target in TARGETS.items():
         assert target.name == name
         figures = (target.memory_bytes, target.bandwidth, target.sms, target.bf16_flops, target.link_bandwidth)
-        if name == "cpu":
-            assert (set(figures), target.backend) == ({None}, "onnxruntime")
+        if name in ("cpu", "cuda"):
+            assert (set(figures), target.backend, target.device) == ({None}, "onnxruntime", name)
             continue
         assert all(figure is not None and figure > 0 for figure in figures)
         assert target.architecture.startswith("sm_")
@@ -30,5 +30,5 @@ def test_the_h20_of_the_platform_page() -> None:
 
 def test_an_unknown_target_names_the_known_ones() -> None:
     """Wrong use, with the list."""
-    with pytest.raises(UsageError, match=r"'h21'.*cpu, h20, h20-141g"):
+    with pytest.raises(UsageError, match=r"'h21'.*cpu, cuda, h20, h20-141g"):
         get_target("h21")

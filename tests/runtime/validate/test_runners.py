@@ -11,7 +11,7 @@ from angelforge.bundle import Bundle
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.exporter.export import ExportOptions
 from angelforge.precision import Precision
-from angelforge.runtime.validate import cuda_graph
+from angelforge.runtime import onnxruntime_device
 from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner
 from angelforge.runtime.validate.cutting import CPU
 from angelforge.runtime.validate.data import Schedule, random_sequences, schedule
@@ -130,6 +130,6 @@ def test_other_providers_run_the_graph(model: tuple[Path, Bundle]) -> None:
 
 
 def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "find_gpu", lambda: None)
+    monkeypatch.setattr(onnxruntime_device, "find_gpu", lambda: None)
     with pytest.raises(AngelForgeError, match="needs an NVIDIA GPU"):
-        cuda_graph.cuda_providers()
+        onnxruntime_device.cuda_providers()
