@@ -19,6 +19,7 @@ from angelforge.config import Quantization
 from angelforge.dtypes import DType
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.conversion import convert, dequantize, first_overflow
+from angelforge.exporter.damage import refuse_damage
 from angelforge.exporter.layout import SCALE, Shard
 from angelforge.exporter.openfiles import OpenFiles
 from angelforge.exporter.pieces import Piece, Quantized, RopeTable
@@ -62,14 +63,15 @@ def shard_runs(shard: Shard, checkpoint: Checkpoint, files: OpenFiles, quantizer
 
 def _piece_run(piece: Piece, target: DType, checkpoint: Checkpoint, files: OpenFiles) -> Run:
     info = checkpoint.tensors[piece.tensor]
+    codes = checkpoint.tensors[piece.tensor.removesuffix(SCALE)] if piece.tensor.endswith(SCALE) else None
     if info.dtype is target and piece.columns is None:
         row_bytes = info.shape[-1] * info.dtype.itemsize
         skipped = 0 if piece.rows is None else piece.rows[0] * row_bytes
-        return _Copy(info, files, skipped, piece.size * info.dtype.itemsize)
+        return _Copy(info, files, skipped, piece.size * info.dtype.itemsize, codes)
     if info.dtype is DType.F8_E4M3 and target is not DType.F8_E4M3:
         # Beside it are its scales: see pack_checks.
         return _Rows(piece, info, target, files, checkpoint.tensors[piece.tensor + SCALE], Quantization().block)
-    return _Rows(piece, info, target, files)
+    return _Rows(piece, info, target, files, codes=codes)
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,18 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class _Copy:
-    """Bytes of a source tensor as they are, after its first `skipped`."""
+    """Bytes of a source tensor as they are, after its first `skipped`; of scales `codes` are the weights."""
 
     info: TensorInfo
     files: OpenFiles
     skipped: int
     nbytes: int
+    codes: TensorInfo | None = None
 
     def fill(self, view: memoryview, offset: int) -> None:
-        self.files.read(self.info.path, view, self.info.offset + self.skipped + offset)
+        start = self.skipped + offset
+        self.files.read(self.info.path, view, self.info.offset + start)
+        refuse_damage(self.info, np.frombuffer(view, np.uint8), start, self.files, self.codes)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class _Rows:
     files: OpenFiles
     scale_info: TensorInfo | None = None
     block: tuple[int, int] = (128, 128)
+    codes: TensorInfo | None = None  # where the tensor is the scales of FP8 weights: those
 
     @property
     def nbytes(self) -> int:
@@ -150,8 +156,9 @@ class _Rows:
     def _read(self, first: int, last: int) -> Array:
         width = self.info.shape[-1]
         rows = np.empty((last - first, width), self.info.dtype.numpy)
-        start = self.info.offset + first * width * self.info.dtype.itemsize
-        self.files.read(self.info.path, rows.view(np.uint8).reshape(-1).data, start)
+        data, start = rows.view(np.uint8).reshape(-1), first * width * self.info.dtype.itemsize
+        self.files.read(self.info.path, data.data, self.info.offset + start)
+        refuse_damage(self.info, data, start, self.files, self.codes)
         return rows
 
     def _dequantize(self, codes: Array, top: int, left: int) -> Array:
@@ -167,12 +174,9 @@ class _Rows:
         info = self.scale_info
         assert info is not None
         scales = np.empty(info.shape, np.float32)
-        self.files.read(info.path, scales.view(np.uint8).reshape(-1).data, info.offset)
-        if not np.isfinite(scales).all():
-            raise AngelForgeError(
-                f"{info.name} in {info.path} holds a scale that is infinite or not a number. "
-                "The checkpoint is damaged: fetch this file again."
-            )
+        data = scales.view(np.uint8).reshape(-1)
+        self.files.read(info.path, data.data, info.offset)
+        refuse_damage(info, data, 0, self.files, self.info)
         return scales
 
     def _refuse_overflow(self, before: Array, after: Array, first_row: int) -> None:

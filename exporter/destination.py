@@ -1,9 +1,11 @@
 """The folder that an export writes to: nobody's files but a bundle's, and never a bundle that is half of two."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from angelforge.diskerrors import explained
-from angelforge.errors import UsageError
+from angelforge.errors import AngelForgeError, UsageError
 from angelforge.manifest import FILE, Manifest
 
 LOCK = ".export.lock"
@@ -23,6 +25,21 @@ def check_destination(folder: Path, graph_only: bool) -> None:
             f"The bundle {folder} has its weights already; its graph alone cannot be exported again. "
             "Leave --graph-only out, or name another folder."
         )
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes the folder of a bundle. Where the work in it fails before anything was finished, it is removed again."""
+    new = not folder.exists()
+    with explained("create", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except AngelForgeError:
+        for each in (folder / "weights", folder) if new else ():
+            with suppress(OSError):  # it is not empty: a later call goes on from what it holds
+                each.rmdir()
+        raise
 
 
 def withdraw(folder: Path) -> None:

@@ -14,7 +14,7 @@ from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
 from angelforge.draft_config import DraftConfig
 from angelforge.exporter.context import context_limit
-from angelforge.exporter.destination import LOCK, check_destination, withdraw
+from angelforge.exporter.destination import LOCK, check_destination, made, withdraw
 from angelforge.exporter.draft_layout import draft_tensors
 from angelforge.exporter.graph import build_draft_graph, build_graph, locate_weights
 from angelforge.exporter.layout import bundle_tensors, locate, plan_shards
@@ -79,9 +79,7 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
 
     check_tokenizer(sources.folder)
     check_destination(folder, options.graph_only)
-    with explained("create", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / LOCK):
+    with made(folder), lock(folder / LOCK):
         if sources.checkpoint is None:
             packed = []
             withdraw(folder)

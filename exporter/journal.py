@@ -25,7 +25,7 @@ from angelforge.tensorfile import TensorInfo
 
 JOURNAL = "weights/.packed.json"
 _FILE = re.compile(r"weights/[\w-]+\.safetensors")  # never a path out of the folder: these files are removed
-_VERSION = 2  # of the journal and of everything that decides a weight file's bytes
+_VERSION = 3  # of the journal and of everything that decides a weight file's bytes, or whether there is one
 
 
 @dataclass(frozen=True)
