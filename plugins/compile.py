@@ -32,6 +32,7 @@ TRITON_TYPES: dict[ir.DataType, str] = {
     ir.DataType.BOOL: "i1",
 }
 COMPILER = f"Triton {triton.__version__}"
+LISTS_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)  # among what is known of parameters
 ALIGNMENT = 16  # bytes, of every pointer
 # What may be raised for a tile that a kernel or Triton cannot take; Triton's passes raise RuntimeError.
 COMPILE_ERRORS: tuple[type[Exception], ...] = (TritonError, RuntimeError, ValueError, AngelForgeError)
@@ -131,7 +132,10 @@ def compile_kernel(kernel: Kernel, binding: Binding, tile: Tile, architecture: s
 def _signature(
     kernel: Kernel, binding: Binding, constants: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
-    """Triton's types of all parameters in order, and the alignment of the pointers by position."""
+    """Triton's types of all parameters in order, and the alignment of the pointers by position.
+
+    Both as Triton itself has them when it launches the kernel: its cache then has one entry for the two.
+    """
     inputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.inputs]
     outputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.outputs]
     types = [*inputs, *("i32" for _ in kernel.extras), *outputs, *("constexpr" for _ in constants)]
@@ -143,6 +147,8 @@ def _signature(
     aligned: dict[tuple[int, ...], list[list[Any]]] = {
         (i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")
     }
+    if LISTS_CONSTANTS:
+        aligned |= {(i,): [] for i, kind in enumerate(types) if kind == "constexpr"}
     return dict(zip(names, types, strict=True)), aligned
 
 

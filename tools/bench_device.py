@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,11 @@ SHAPE = "AntAngelMed"
 @click.option("--context", "contexts", default=CONTEXTS, show_default=True, help="Tokens that each of them holds.")
 @click.option("--layers", type=int, help="Only the first N layers, for a GPU that cannot hold all.")
 @click.option(
-    "--rounds", type=click.IntRange(1, 1000), default=50, show_default=True, help="Steps to take the median of."
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=50,
+    show_default=True,
+    help="Groups of 8 steps, for the median.",
 )
 @click.option("--kernels-only", is_flag=True, help="Not through TensorRT, too, where it is installed.")
 @click.option("--by-operator", is_flag=True, help="Time every operator by itself, too.")
@@ -66,7 +71,9 @@ def device(
     sizes = [(batch, context) for batch in _numbers("--batch", batches) for context in _numbers("--context", contexts)]
     facts = require_gpu("bench device")
 
+    from angelforge.plugins.kernel import Gpu
     from angelforge.tools.device_step.memory import Subject
+    from angelforge.tools.device_step.precompile import precompile
     from angelforge.tools.device_step.run import add_tensorrt, run_kernels
     from angelforge.tools.device_step.sequences import Case
     from angelforge.tools.kernel_bench.run import find_machine
@@ -74,11 +81,12 @@ def device(
     cases = [Case(batch, context) for batch, context in sizes]
     longest = max(context for _, context in sizes)
     subject = Subject(chosen, Precision(precision), longest, seed, by_operator)
-    report = run_kernels(find_machine(facts), subject, config.num_hidden_layers, cases, rounds, _say)
-    _write(output, report)
+    precompile(subject, cases, Gpu(facts.architecture, facts.sms), _say)
+    save = partial(_write, output)
+    report = run_kernels(find_machine(facts), subject, config.num_hidden_layers, cases, rounds, _say, save)
     if not kernels_only:
-        report = add_tensorrt(report, facts, rounds, _say)
-        _write(output, report)
+        report = add_tensorrt(report, facts, rounds, _say, save)
+        save(report)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -88,7 +96,7 @@ def device(
 
 
 def _write(output: Path | None, report: Report) -> None:
-    """Also before TensorRT is tried, which may end the process."""
+    """After every case, whole each time: a run may be killed, and TensorRT may end the process."""
     if output is not None:
         from angelforge.atomic import write_atomic
 

@@ -59,11 +59,12 @@ def kernels(
     if tune:
         _tune(machine, operators, deadline, tuning)
         return
-    report = run(machine, operators, deadline, seed, _say)
+    report = run(machine, operators, deadline, seed, _say, lambda known: _save(known, json_file))
     _save(report, json_file)  # and shown, before foreign code runs that may end the process
     click.echo(report.markdown())
     if not own_only:
-        others = compare_engines(report.measurements, machine, deadline, seed, _say)
+        others = compare_engines(report.measurements, machine, deadline, seed, _say,
+                                 lambda found: _save(replace(report, others=found), json_file))  # fmt: skip
         _save(replace(report, others=others), json_file)
         click.echo("\n".join(others.markdown()))
     if report.problems:

@@ -70,8 +70,10 @@ class StepGraph:
         layers = [node.layer for node in self._nodes if node.layer is not None and _launched(node.operator)]
         return [layers.count(layer) for layer in range(max(layers, default=-1) + 1)]
 
-    def walk(self, values: Mapping[str, torch.Tensor]) -> Iterator[Call]:
+    def walk(self, values: Mapping[str, torch.Tensor], launching: bool = True) -> Iterator[Call]:
         """Launches node after node on these inputs, weights and pools; yields each after its launch.
+
+        Without `launching` outputs get shapes and types alone: tensors may then be on the device "meta".
 
         A call holds its tensors: who keeps calls keeps memory. The last call's first output are the logits.
         """
@@ -79,7 +81,7 @@ class StepGraph:
         for node in self._nodes:
             inputs = tuple(own[name] for name in node.inputs)
             outputs, launch = self._bound(node, inputs)
-            if launch is not None:
+            if launching and launch is not None:
                 launch()
             own.update(zip(node.outputs, outputs, strict=True))
             for name in node.released:

@@ -1,7 +1,8 @@
 """Measures decoding steps on a GPU: captured in a CUDA graph, replayed, timed by events; nothing runs in between."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ import torch
 from angelforge.tools.device_step.executor import Call
 from angelforge.tools.device_step.model import DeviceModel
 from angelforge.tools.device_step.sequences import Case
+from angelforge.tools.kernel_bench.capture import capture
+from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS, reason
 from angelforge.tools.kernel_bench.statistics import Timing, summarise
-from angelforge.tools.kernel_bench.timing import time_calls
+from angelforge.tools.kernel_bench.timing import STEP_WARM, spans, time_calls, warm_up
 
-WARM = 3  # replays before those that count
+GROUP = 8  # replays between two events: what the host needs to launch one is then no part of the time
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Figures:
     through: str = "kernels"  # what launched the step
     logits: Any = field(default=None, repr=False, compare=False)  # torch.Tensor f32 [R, vocab] on the host
     cosine: float | None = None  # of the logits with those of the kernels launched in order
+    trouble: str = ""  # why there are no operators, though they were asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,36 +68,35 @@ def first_run(model: DeviceModel, values: dict[str, torch.Tensor], keep: bool) -
 
 
 def measure_case(model: DeviceModel, case: Case, rounds: int) -> Figures:
-    """Runs a step from Python, captures it, and times `rounds` replays. The memory that this took is given back."""
+    """Runs a step from Python, captures it, and times `rounds` groups of replays of a GPU that is at its clocks.
+
+    The memory that this took is given back.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: memory does not suffice.
+        LAUNCH_ERRORS: a kernel cannot be launched or captured.
+    """
     values = model.values(case)
     first = first_run(model, values, model.subject.by_operator)
-    operators = _by_operator(first.calls)
-    logits, experts = first.logits.clone(), first.experts
+    logits, experts, calls = first.logits.clone(), first.experts, first.calls
     del first
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model.graph.run(values)
-    for _ in range(WARM):
-        graph.replay()
-    torch.cuda.synchronize()
+    graph, captured = capture(partial(model.graph.run, values))
+    warm_up(graph.replay, STEP_WARM)
+    graph.replay()
     same, finite = torch.equal(captured, logits), bool(captured.isfinite().all())
-    timing = summarise([elapsed(graph.replay) for _ in range(rounds)])
+    timing = summarise(spans(graph.replay, rounds, GROUP))
     host = logits.cpu()
-    del captured, graph, values, logits
-    torch.cuda.empty_cache()
-    return Figures(case, timing, experts, finite, same, operators, logits=host)
+    del captured, graph, logits
+    operators, trouble = _try_operators(calls)
+    return Figures(case, timing, experts, finite, same, operators, logits=host, trouble=trouble)
 
 
-def elapsed(work: Callable[[], None]) -> float:
-    """µs on the GPU of what `work` puts on torch's current stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return 1000.0 * float(start.elapsed_time(end))
+def _try_operators(calls: Sequence[Call]) -> tuple[tuple[OperatorTime, ...], str]:
+    """(each operator's time, why there is none): the whole step's figures stand in any case."""
+    try:
+        return _by_operator(calls), ""
+    except LAUNCH_ERRORS as error:
+        return (), reason(error)
 
 
 def _by_operator(calls: Sequence[Call]) -> tuple[OperatorTime, ...]:

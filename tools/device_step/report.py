@@ -12,8 +12,8 @@ from angelforge.tools.device_step.sequences import Case
 from angelforge.tools.kernel_bench.measure import Machine
 
 HEAD = (
-    "step", "through", "ms", "tok/s", "limit tok/s", "GB read", "of nominal", "of achievable", "experts a layer",
-    "goal",
+    "step", "through", "ms", "spread", "tok/s", "limit tok/s", "GB read", "of nominal", "of achievable",
+    "experts a layer", "goal",
 )  # fmt: skip
 RATE_GOAL, RATE_CONTEXT = 400.0, 4096  # tok/s at batch 1, while the cache is small beside the weights
 SHARE_GOAL, SHARE_BATCH = 0.80, 32  # of achievable bandwidth
@@ -58,12 +58,14 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """What is wrong: results, not times."""
-        found = []
+        found = [] if self.rows or self.failed else ["no step was measured"]
         for row in self.rows:
             if not row.figures.finite:
                 found.append(f"{row.name}: logits are not finite")
             if not row.figures.repeatable:
                 found.append(f"{row.name}: the captured step gives other bits than the first run")
+            if row.figures.trouble:
+                found.append(f"{row.name}: operators could not be timed by themselves: {row.figures.trouble}")
             if row.figures.cosine is not None and not row.figures.cosine >= LEAST_COSINE:
                 found.append(f"{row.name}: logits differ from the kernels', cosine {row.figures.cosine:.3f}")
         return [*found, *self.failed]
@@ -101,7 +103,7 @@ class Report:
             "",
             _line(HEAD),
             "|---" * len(HEAD) + "|",
-            *(_line(list(_cells(row))) for row in self.rows),
+            *(table_line(row) for row in self.rows),
         ]
         lines += [line for row in self.rows for line in _operator_lines(row.figures)]
         lines += [f"\nnot measured: {case} {reason}." for case, reason in self.left_out]
@@ -133,6 +135,11 @@ def make_row(subject: Subject, all_layers: int, machine: Machine, figures: Figur
     )
 
 
+def table_line(row: Row) -> str:
+    """The row of the table."""
+    return _line(list(_cells(row)))
+
+
 def _entry(row: Row) -> dict[str, Any]:
     figures = row.figures
     return {
@@ -159,6 +166,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield str(row.figures.case)
     yield row.figures.through
     yield f"{row.figures.timing.median / 1000:.3f}"
+    yield f"{100 * row.figures.timing.spread:.1f} %"
     yield f"{row.tokens_per_second:.0f}"
     yield "–" if row.limit is None else f"{row.limit:.0f}"
     yield f"{row.nbytes / 1e9:.2f}"

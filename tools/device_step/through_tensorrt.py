@@ -1,6 +1,6 @@
 """The same steps through the engine that `run` and `serve` use: TensorRT, with random weights in place of files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,13 +24,14 @@ from angelforge.runtime.weight_layout import WeightLayout
 from angelforge.targets import Target
 from angelforge.tensorfile import TensorInfo
 from angelforge.tools.device_step.graph_bundle import write_graph_bundle
-from angelforge.tools.device_step.measure import WARM, Figures, elapsed
+from angelforge.tools.device_step.measure import Figures
 from angelforge.tools.device_step.memory import PAGE_SIZE, Subject
 from angelforge.tools.device_step.model import fill_pools
 from angelforge.tools.device_step.sequences import Case, decode_batch
 from angelforge.tools.device_step.weights import Weights, empty_weights, fill_weights
 from angelforge.tools.kernel_bench.measure import Machine
 from angelforge.tools.kernel_bench.statistics import Timing, summarise
+from angelforge.tools.kernel_bench.timing import STEP_WARM, elapsed, warm_up
 
 NAME = "TensorRT"
 MIN_TOKENS = 512  # of the largest profile: more than the decoding ones have
@@ -42,8 +43,10 @@ Clock = Callable[[Callable[[], None]], float]  # µs on the device that the work
 
 def measure_through_tensorrt(
     facts: GpuFacts, machine: Machine, subject: Subject, measured: Sequence[Figures], rounds: int, say: Say
-) -> list[Figures]:
+) -> Iterator[Figures]:
     """Builds an engine for the cases that the kernels have run, and times its steps on the same weights and tokens.
+
+    Yields each case's as it is known.
 
     Raises:
         AngelForgeError: there is no TensorRT, it does not build or run this engine, or memory does not suffice.
@@ -59,11 +62,9 @@ def measure_through_tensorrt(
         register_plugins(opened, library)
         engine = random_engine(bundle, opened, library, open_device("cuda:0"), subject, cases)
     try:
-        found = []
         for before in measured:
-            found.append(measure_engine(engine, subject, before, rounds, elapsed))
-            say(f"{library.title}, {before.case}: {found[-1].timing.median / 1000:.3f} ms")
-        return found
+            say(f"{library.title}, {before.case}: {rounds} times {STEPS} steps …")
+            yield measure_engine(engine, subject, before, rounds, elapsed)
     finally:
         engine.close()
 
@@ -138,8 +139,8 @@ def measure_engine(engine: TensorRTEngine, subject: Subject, before: Figures, ro
     """Steps of one case; what they took of the experts is what the kernels of the same model took."""
     batch = decode_batch(subject.config, before.case, PAGE_SIZE, subject.seed)
     logits = engine.forward(batch).clone()
-    for _ in range(WARM):
-        again = engine.forward(batch)
+    warm_up(lambda: engine.forward(batch), STEP_WARM)
+    again = engine.forward(batch)
     same, host = torch.equal(again, logits), logits.cpu()
     timing: Timing = summarise([clock(lambda: _forward(engine, batch)) / STEPS for _ in range(rounds)])
     return Figures(

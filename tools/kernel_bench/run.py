@@ -15,11 +15,11 @@ import torch
 from angelforge.config import ModelConfig
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.synthetic_config import FULL_CONFIG
-from angelforge.plugins.compile import COMPILE_ERRORS
 from angelforge.plugins.kernel import Gpu, Tile
 from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.tools.kernel_bench.checks import check_against_body, check_works, has_kernel
 from angelforge.tools.kernel_bench.execution import execute
+from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS, answers, reason
 from angelforge.tools.kernel_bench.goals import target_of
 from angelforge.tools.kernel_bench.measure import Machine, Measurement, default_tile, measure
 from angelforge.tools.kernel_bench.report import Report
@@ -60,7 +60,7 @@ def find_machine(facts: GpuFacts) -> Machine:
     """The GPU, with its achievable bandwidth measured now.
 
     Raises:
-        AngelForgeError: it is not the GPU that torch uses.
+        AngelForgeError: it is not the GPU that torch uses, or a kernel cannot be launched at all.
     """
     name = torch.cuda.get_device_name()
     if name != facts.name:
@@ -68,14 +68,28 @@ def find_machine(facts: GpuFacts) -> Machine:
             f"The driver's first GPU is {facts.name}, but torch uses {name}; set CUDA_VISIBLE_DEVICES."
         )
     gpu = Gpu(facts.architecture, facts.sms)
-    return Machine(name, gpu, target_of(name, facts.memory_bytes), achievable_bandwidth(facts.sms))
+    try:
+        achievable = achievable_bandwidth(facts.sms)
+    except LAUNCH_ERRORS as error:  # Triton's first launch of the process
+        raise AngelForgeError(
+            f"Not even a kernel that only reads memory can be launched: {reason(error)}. Triton needs a C compiler, "
+            "Python's headers (Python.h) and a cache folder that can be written; see angelforge doctor."
+        ) from error
+    return Machine(name, gpu, target_of(name, facts.memory_bytes), achievable)
 
 
-def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: int, say: Say) -> Report:
-    """Checks and measures everything that there is time for."""
+def run(
+    machine: Machine,
+    operators: Sequence[str],
+    deadline: Deadline,
+    seed: int,
+    say: Say,
+    save: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Checks and measures everything that there is time for; `save` is given what is known after each call."""
     chosen, gpu = all_works(full_config(), operators), machine.gpu
     checks = list(check_works(gpu, operators))
-    trouble = Trouble([], [])
+    trouble = Trouble([], [], machine.device)
     tiles = _compile_all([*checks, *((work, default_tile(work, gpu)) for work in chosen)], gpu, trouble, say)
     verdicts = []
     say(f"Comparing {len(checks)} tiles with function bodies …")
@@ -84,7 +98,10 @@ def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: in
         if _key(work, tile) in tiles:
             attempt = partial(check_against_body, work, tile, run_here, seed, machine.device)
             verdicts += trouble.attempt(work, deadline, attempt)
-    measurements, compared = [], set()
+    measurements: list[Measurement] = []
+    compared = set()
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    report = Report(machine, versions(), date, verdicts, measurements, trouble.skipped, trouble.failed)
     for work in chosen:
         key = _key(work, default_tile(work, gpu))
         if key in tiles:
@@ -93,18 +110,26 @@ def run(machine: Machine, operators: Sequence[str], deadline: Deadline, seed: in
                 measurements.append(found)
                 compared.add(key)
                 say(f"{work.name}: {found.timing.median:.1f} µs")
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Report(machine, versions(), date, verdicts, measurements, trouble.skipped, trouble.failed)
+                save(report)
+    return report
 
 
 def compare_engines(
-    measurements: Sequence[Measurement], machine: Machine, deadline: Deadline, seed: int, say: Say
+    measurements: Sequence[Measurement],
+    machine: Machine,
+    deadline: Deadline,
+    seed: int,
+    say: Say,
+    save: Callable[[Comparison], None],
 ) -> Comparison:
-    """Other engines' kernels at the calls that were measured. What they print goes to standard error."""
+    """Other engines' kernels at the calls that were measured; `save` is given all rows after each call.
+
+    What they print goes to standard error.
+    """
     with redirect_stdout(sys.stderr):
         rivals = Rivals()
         say(f"Other engines' kernels: {', '.join(rivals.versions) or 'none is installed'} …")
-        return rivals.all_beside(measurements, machine, deadline.over, seed, say)
+        return rivals.all_beside(measurements, machine, deadline.over, seed, say, save)
 
 
 def _key(work: Work, tile: Tile) -> tuple[object, ...]:
@@ -128,6 +153,7 @@ class Trouble:
 
     skipped: list[str]  # no time, too little memory, or after the GPU was lost
     failed: list[str]
+    device: str = "cuda"
     lost: bool = False
 
     def attempt(self, work: Work, deadline: Deadline, function: Callable[[], Result]) -> list[Result]:
@@ -139,13 +165,11 @@ class Trouble:
             return [function()]
         except torch.cuda.OutOfMemoryError:
             self.skipped.append(f"{work.name} (too little GPU memory)")
-        except RuntimeError as error:  # a CUDA error: the context is of no use any more
-            self.failed.append(f"{work.name}: {str(error).splitlines()[0]}; the run ends here")
+        except LAUNCH_ERRORS as error:
+            self.failed.append(f"{work.name}: {reason(error)}")
+        if not answers(self.device):
+            self.failed.append(f"the GPU does not answer after {work.name}; the run ends here")
             self.lost = True
-        except COMPILE_ERRORS as error:
-            self.failed.append(f"{work.name}: {error}")
-        if not self.lost:
-            torch.cuda.empty_cache()
         return []
 
 

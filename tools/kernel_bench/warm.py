@@ -26,11 +26,12 @@ class Code:
 
 def compile_tile(work: Work, tile: Tile, architecture: str) -> Code:
     """Compiles one tile for a GPU that need not be there."""
-    from angelforge.plugins.compile import COMPILE_ERRORS, compile_kernel
+    from angelforge.plugins.compile import compile_kernel
+    from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS
 
     try:
         found = compile_kernel(find_kernel(work.operator), binding_of(work), tile, architecture)
-    except COMPILE_ERRORS as error:
+    except LAUNCH_ERRORS as error:
         return Code(0, 0, 0, f"{type(error).__name__}: {str(error).strip()[-200:]}")
     if found.scratch:
         return Code(found.registers, found.shared, found.spills, "needs scratch memory")

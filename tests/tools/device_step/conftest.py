@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["test_executor.py", "test_run.py", "test_weights.py"]
+KERNELS = ["test_executor.py", "test_precompile.py", "test_run.py", "test_weights.py"]
+collect_ignore = [] if find_spec("triton") else KERNELS

@@ -1,7 +1,7 @@
 """A whole run of `bench device` on a CPU: the interpreter runs the kernels, and clock and memory are replaced."""
 
 import json
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from support.cuda_calls import Cuda
 
 from angelforge.config import ModelConfig
 from angelforge.exporter.synthetic_config import FULL_CONFIG, small_config
 from angelforge.plugins import run_kernel
 from angelforge.plugins.device.interpreted import exact_numbers
-from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.kernel import Gpu, Tile
 from angelforge.plugins.tensorrt import gpu as gpus
+from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.precision import Precision
 from angelforge.targets import get_target
+from angelforge.tools import gpu_needed
 from angelforge.tools.cli import main
-from angelforge.tools.device_step import measure
+from angelforge.tools.device_step import measure, precompile
 from angelforge.tools.device_step import run as module
 from angelforge.tools.device_step.measure import Figures, OperatorTime, measure_case
 from angelforge.tools.device_step.memory import Subject
@@ -27,8 +30,12 @@ from angelforge.tools.device_step.model import DeviceModel
 from angelforge.tools.device_step.report import Report, make_row
 from angelforge.tools.device_step.run import run_kernels
 from angelforge.tools.device_step.sequences import Case
+from angelforge.tools.kernel_bench import run as kernel_bench_run
+from angelforge.tools.kernel_bench.capture import CaptureError
 from angelforge.tools.kernel_bench.measure import Machine
 from angelforge.tools.kernel_bench.statistics import Timing
+from angelforge.tools.kernel_bench.warm import Code
+from angelforge.tools.kernel_bench.work import Work
 
 MACHINE = Machine("NVIDIA H200", Gpu("sm_90", 132), get_target("h200"), 4.3e12, device="cpu")
 FULL = Subject(ModelConfig.from_dict(FULL_CONFIG), Precision.FP8, 131072)
@@ -41,64 +48,57 @@ def figures(case: Case, milliseconds: float, experts: int, **more: Any) -> Figur
     )
 
 
-def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture computes at once, a replay does nothing; every one takes 500 µs, a launch by itself 7."""
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            """Nothing is measured."""
-
-        synchronize = record
-
-        def elapsed_time(self, other: object) -> float:
-            return 0.5
-
-    class Graph:
-        def replay(self) -> None:
-            """What was captured stands."""
-
-    for name, value in (("Event", Event), ("CUDAGraph", Graph), ("graph", lambda graph: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(measure, "time_calls", lambda calls: Timing(7.0, 7.0, 0.0))
-
-
-def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer of a small model; a case that fails ends the run with a sentence, figures before it stand."""
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """Of a small model, on a CPU: a capture computes at once, a replay takes 500 µs, a launch by itself 7."""
     launch = run_kernel.launch
 
     def exact(*arguments: Any) -> None:
         with exact_numbers():
             launch(*arguments)
 
+    monkeypatch.setattr(run_kernel, "launch", exact)
+    Cuda().install(monkeypatch)
+    monkeypatch.setattr(measure, "time_calls", lambda calls: Timing(7.0, 7.0, 0.0))
+    monkeypatch.setattr(measure, "STEP_WARM", 0.0)
+    monkeypatch.setattr(module, "free_bytes", lambda: 2_000_000_000)
+    return Subject(SMALL.with_layers(1), Precision.FP8, 65, by_operator=True)
+
+
+FEW = replace(MACHINE, gpu=Gpu("sm_90", 2))  # programs of a persistent kernel are interpreted one by one
+
+
+def failing_in(wrong: Mapping[Case, BaseException]) -> Callable[..., Figures]:
     def measured(model: DeviceModel, case: Case, rounds: int) -> Figures:
-        if case.batch == 2:
-            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        if case in wrong:
+            raise wrong[case]
         return measure_case(model, case, rounds)
 
-    monkeypatch.setattr(run_kernel, "launch", exact)
-    monkeypatch.setattr(module, "measure_case", measured)
-    without_cuda(monkeypatch)
-    monkeypatch.setattr(module, "free_bytes", lambda: 2_000_000_000)
+    return measured
+
+
+def test_a_run_measures_what_fits_and_names_what_does_not(one_layer: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that fails or runs out of memory costs no figure of another; after each all that is known is saved."""
+    errors = {Case(2, 3): TypeError("no such argument"), Case(3, 3): torch.cuda.OutOfMemoryError("2 GiB")}
+    monkeypatch.setattr(module, "measure_case", failing_in(errors))
     said: list[str] = []
-    subject = Subject(SMALL.with_layers(1), Precision.FP8, 65, by_operator=True)
-    cases = [Case(1, 65), Case(64, 10**6), Case(2, 3)]
-    machine = replace(MACHINE, gpu=Gpu("sm_90", 2))  # programs of a persistent kernel are interpreted one by one
-    report = run_kernels(machine, subject, SMALL.num_hidden_layers, cases, 4, said.append)
+    saved: list[Report] = []
+    cases = [Case(2, 3), Case(64, 10**6), Case(3, 3), Case(1, 65)]
+    report = run_kernels(FEW, one_layer, SMALL.num_hidden_layers, cases, 4, said.append, saved.append)
     [row] = report.rows
     assert (row.figures.case, row.figures.finite, row.tokens_per_second) == (Case(1, 65), True, 2000.0)
-    assert report.problems == ["batch 2 at 3: CUDA error: an illegal memory access; the run ends here"]
-    assert [case for case, _ in report.left_out] == [Case(64, 10**6)]
+    assert report.problems == ["batch 2 at 3: TypeError: no such argument"]
+    assert [case for case, _ in report.left_out] == [Case(64, 10**6), Case(3, 3)]
+    assert [(len(known.rows), len(known.failed), len(known.left_out)) for known in saved] == [
+        (0, 1, 1), (0, 1, 2), (1, 1, 2),
+    ]  # fmt: skip
     table = report.markdown()
     assert "1 of 4 layers in fp8, random weights" in table
     assert "14 kernels a step, 9 to 9 a layer" in table
     assert "not measured: batch 64 at 1000000 needs" in table
-    assert "wrong: batch 2 at 3: CUDA error" in table
-    assert any("0.500 ms" in line for line in said)
+    assert "not measured: batch 3 at 3 ran out of the GPU's memory" in table
+    assert "wrong: batch 2 at 3: TypeError" in table
+    assert any(line.startswith("| batch 1 at 65 | kernels | 0.500 | 0.0 % |") for line in said)
     found = row.figures
     assert (found.repeatable, found.timing, tuple(found.logits.shape)) == (True, Timing(500.0, 500.0, 0.0), (1, 1024))
     assert {item.operator: item.calls for item in found.operators} == {
@@ -106,6 +106,54 @@ def test_a_run_measures_what_fits_and_names_what_does_not(monkeypatch: pytest.Mo
         "AttentionMergeQuantize": 1, "AddNormQuantize": 1, "Fp8GateUp": 1, "AddNorm": 1, "Gather": 2,
     }  # fmt: skip
     assert "| Fp8Linear | 3 | 21 | 21.4 % |" in table  # 14 launches of 7 µs
+
+
+def test_a_lost_gpu_ends_a_run(one_layer: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measure_case", failing_in({Case(1, 2): RuntimeError("CUDA error: illegal\nmore")}))
+    monkeypatch.setattr(module, "answers", lambda device: False)
+    saved: list[Report] = []
+    cases = [Case(1, 2), Case(1, 3)]
+    report = run_kernels(FEW, one_layer, 4, cases, 1, lambda _: None, saved.append)
+    assert report.problems == [
+        "batch 1 at 2: RuntimeError: CUDA error: illegal",
+        "the GPU does not answer after batch 1 at 2; the run ends",
+    ]
+    assert saved == [report]
+
+
+def test_operators_that_cannot_be_timed_cost_no_step(one_layer: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(calls: object) -> Timing:
+        raise CaptureError("It cannot be captured.")
+
+    monkeypatch.setattr(measure, "time_calls", fail)
+    report = run_kernels(FEW, one_layer, 4, [Case(1, 2)], 1, lambda _: None, lambda _: None)
+    assert [row.figures.timing.median for row in report.rows] == [500.0]
+    assert "operators could not be timed by themselves: It cannot be captured." in report.problems[0]
+
+
+def test_the_file_has_what_is_known_when_a_run_is_killed(
+    one_layer: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second case of the command; what is compiled ahead is what the first one needs."""
+    config, output = tmp_path / "config.json", tmp_path / "device.json"
+    config.write_text(json.dumps(small_config()))
+    monkeypatch.setattr(gpu_needed, "require_gpu", lambda command: GpuFacts("NVIDIA H200", "sm_90", 2, 10**11, "580"))
+    monkeypatch.setattr(kernel_bench_run, "find_machine", lambda facts: FEW)
+    compiled: list[tuple[Work, Tile]] = []
+
+    def compile_tiles(tiles: list[tuple[Work, Tile]], architecture: str) -> list[Code]:
+        compiled.extend(tiles)
+        return [Code(0, 0, 0, "TritonError: odd") for _ in tiles]
+
+    monkeypatch.setattr(precompile, "compile_tiles", compile_tiles)
+    monkeypatch.setattr(module, "measure_case", failing_in({Case(2, 2): KeyboardInterrupt()}))
+    arguments = ["--layers", "1", "--batch", "1,2", "--context", "2", "--output", str(output)]
+    result = CliRunner().invoke(main, ["bench", "device", str(config), *arguments])
+    assert result.exit_code == 130, result.output
+    assert [step["batch"] for step in json.loads(output.read_text())["steps"]] == [1]
+    assert "| batch 1 at 2 | kernels | 0.500" in result.stderr
+    assert "cannot be compiled: TritonError: odd" in result.stderr
+    assert {work.operator.name for work, _ in compiled} >= {"Fp8Linear", "PagedAttention", "Fp8GateUp", "Embedding"}
 
 
 def test_figures_follow_from_time_bytes_and_bandwidth() -> None:
@@ -138,7 +186,7 @@ def test_a_report_says_what_is_wrong() -> None:
     )
     assert len(report.problems) == 2
     table = report.markdown()
-    assert "| batch 1 at 1K | kernels | 2.400 | 417 | 76" in table
+    assert "| batch 1 at 1K | kernels | 2.400 | 0.0 % | 417 | 76" in table
     assert "≥ 400 tok/s, met |" in table
     assert "| Fp8MoEGateUp | 31 | 900 | 75.0 % |" in table
     assert "386 kernels a step, 9 to 12 a layer" in table

@@ -105,6 +105,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build_engine", build)
     monkeypatch.setattr(module, "open_device", lambda name: open_device("cpu"))
     monkeypatch.setattr(module, "elapsed", clock)
+    monkeypatch.setattr(module, "warm_up", lambda work, seconds: work())
 
 
 def report_of(rows: list[Figures]) -> Report:
@@ -116,7 +117,9 @@ def report_of(rows: list[Figures]) -> Report:
 def test_the_engine_runs_the_same_steps_on_the_same_weights(expected: Expected) -> None:
     """Its logits are those of the graph on weights that were made apart, from the same seed."""
     said: list[str] = []
-    report = add_tensorrt(report_of([expected.before(case) for case in CASES]), FACTS, 3, said.append)
+    saved: list[Report] = []
+    before = report_of([expected.before(case) for case in CASES])
+    report = add_tensorrt(before, FACTS, 3, said.append, saved.append)
     assert report.problems == []
     assert [row.figures.through for row in report.rows] == ["kernels"] * 2 + ["TensorRT"] * 2
     for row in report.rows[2:]:
@@ -124,8 +127,9 @@ def test_the_engine_runs_the_same_steps_on_the_same_weights(expected: Expected) 
         assert torch.allclose(figures.logits, expected.logits(figures.case), atol=1e-4)
         assert figures.cosine == pytest.approx(1.0, abs=1e-6)
         assert (figures.experts, figures.repeatable, figures.timing.median) == ((5,), True, 800.0 / module.STEPS)
-    assert "| batch 3 at 70 | TensorRT | 0.100 | 30000 |" in report.markdown()
+    assert "| batch 3 at 70 | TensorRT | 0.100 | 0.0 % | 30000 |" in report.markdown()
     assert "building the engine" in said[0]
+    assert [len(known.rows) for known in saved] == [3, 4]  # each as soon as it is known
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -133,7 +137,7 @@ def test_other_results_are_told(expected: Expected) -> None:
     """As from weights bound to other inputs."""
     before = expected.before(CASES[0])
     other = replace(before, logits=torch.randn(before.logits.shape, generator=torch.Generator().manual_seed(1)))
-    report = add_tensorrt(report_of([other]), FACTS, 1, lambda _: None)
+    report = add_tensorrt(report_of([other]), FACTS, 1, lambda _: None, lambda _: None)
     assert len(report.problems) == 1
     assert "through TensorRT: logits differ from the kernels'" in report.problems[0]
 
@@ -146,8 +150,8 @@ def test_a_failure_leaves_the_figures_of_the_kernels(expected: Expected, monkeyp
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     monkeypatch.setattr(module, "random_engine", fail)
-    report = add_tensorrt(report_of([expected.before(CASES[0])]), FACTS, 1, lambda _: None)
-    assert (len(report.rows), report.notes) == (1, ("Not through TensorRT: CUDA out of memory.",))
+    report = add_tensorrt(report_of([expected.before(CASES[0])]), FACTS, 1, lambda _: None, lambda _: None)
+    assert (len(report.rows), report.notes) == (1, ("Not through TensorRT: OutOfMemoryError: CUDA out of memory.",))
 
 
 def test_why_not_is_a_sentence(expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,16 +162,19 @@ def test_why_not_is_a_sentence(expected: Expected, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "load_library", missing)
     rows = [expected.before(CASES[0])]
-    report = add_tensorrt(report_of(rows), FACTS, 1, lambda _: None)
+    report = add_tensorrt(report_of(rows), FACTS, 1, lambda _: None, lambda _: None)
     assert (report.notes, report.problems) == (
         ("Not through TensorRT: tensorrt is not installed. tensorrt-rtx is not installed.",),
         [],
     )
     assert report.notes[0] in report.markdown()
     nowhere = Machine("NVIDIA A100", Gpu("sm_80", 108), None, 1.5e12, device="cpu")
-    assert "tensorrt-rtx" in add_tensorrt(replace(report_of(rows), machine=nowhere), FACTS, 1, lambda _: None).notes[0]
+    assert (
+        "tensorrt-rtx"
+        in add_tensorrt(replace(report_of(rows), machine=nowhere), FACTS, 1, lambda _: None, lambda _: None).notes[0]
+    )
     failed = replace(report_of(rows), failed=["batch 1 at 100: CUDA error"])
-    assert "Not tried through TensorRT" in add_tensorrt(failed, FACTS, 1, lambda _: None).notes[0]
+    assert "Not tried through TensorRT" in add_tensorrt(failed, FACTS, 1, lambda _: None, lambda _: None).notes[0]
 
 
 def test_the_real_shape_can_be_built(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_what_raises_or_differs_is_a_row_and_is_not_timed(
 def test_a_lost_gpu_ends_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found before stays, what would follow is not tried."""
     monkeypatch.setattr(sys.modules["flashinfer"], "rmsnorm", broken(RuntimeError("illegal memory access")))
-    monkeypatch.setattr(beside, "_answers", lambda device: False)
+    monkeypatch.setattr(beside, "answers", lambda device: False)
     found = Rivals().all_beside([measurement("Norm"), measurement("AddNorm")], MACHINE, lambda: False, 1)
     assert [row.kernel for row in found.rows] == ["rms_norm", "rmsnorm"]
     assert "did not answer after FlashInfer rmsnorm at Norm, T = 5" in "\n".join(found.markdown())

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from angelforge.tools.kernel_bench.capture import CaptureError
 from angelforge.tools.kernel_bench.compare import Verdict, compare
 from angelforge.tools.kernel_bench.execution import execute
+from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS, answers, reason
 from angelforge.tools.kernel_bench.inputs import make_inputs
 from angelforge.tools.kernel_bench.measure import Machine, Measurement, rotation
 from angelforge.tools.kernel_bench.rivals.comparison import Beside, Comparison
 from angelforge.tools.kernel_bench.rivals.deepgemm import DEEPGEMM
 from angelforge.tools.kernel_bench.rivals.flashinfer import FLASHINFER
 from angelforge.tools.kernel_bench.rivals.layouts import in_order_of
-from angelforge.tools.kernel_bench.rivals.rival import RIVAL_ERRORS, Engine, Prepare, Rival, Shared, reason
+from angelforge.tools.kernel_bench.rivals.rival import Engine, Prepare, Rival, Shared
 from angelforge.tools.kernel_bench.rivals.vllm import VLLM
 from angelforge.tools.kernel_bench.timing import time_calls
 from angelforge.tools.kernel_bench.work import Work
@@ -48,7 +50,7 @@ class Rivals:
                 continue
             try:
                 self.loaded.append(Loaded(engine, engine.load()))
-            except RIVAL_ERRORS as error:
+            except LAUNCH_ERRORS as error:
                 self.broken.append(f"{engine.name} is not run: it does not load ({reason(error)})")
 
     @property
@@ -63,8 +65,9 @@ class Rivals:
         deadline: Callable[[], bool],
         seed: int,
         say: Callable[[str], None] = lambda text: None,
+        save: Callable[[Comparison], None] = lambda found: None,
     ) -> Comparison:
-        """Rows for all calls that there is time for; `say` is told of each."""
+        """Rows for all calls that there is time for; `say` is told of each, `save` given all after each call."""
         rows: list[Beside] = []
         left = []
         for measured in measurements:
@@ -79,6 +82,10 @@ class Rivals:
             for row in rows[known:]:
                 figure = row.problem or f"{row.microseconds:.1f} µs, ours {row.ours:.1f}"
                 say(f"{row.work.name}, {row.engine} {row.kernel}: {figure}")
+            save(self._comparison(rows, left))
+        return self._comparison(rows, left)
+
+    def _comparison(self, rows: Sequence[Beside], left: Sequence[str]) -> Comparison:
         return Comparison(rows, self.versions, self.absent, self.broken, self.lost, left)
 
     def _beside(self, measured: Measurement, machine: Machine, seed: int, rows: list[Beside]) -> None:
@@ -90,7 +97,7 @@ class Rivals:
             inputs = make_inputs(work, seed, machine.device)
             ours = execute(work, inputs, measured.tile, machine.gpu)
             sets = rotation(work, inputs, measured.cost, seed)
-        except RIVAL_ERRORS as error:  # too little memory beside what engines hold, say
+        except LAUNCH_ERRORS as error:  # too little memory beside what engines hold, say
             problem = f"not run: its inputs could not be made ({reason(error)})"
             rows += [Beside(work, one.engine.name, kernel.__name__, "", measured.timing.median, problem=problem)
                      for one, kernel in found]  # fmt: skip
@@ -105,7 +112,7 @@ class Rivals:
                 return
 
     def _look(self, machine: Machine, what: str, work: Work) -> None:
-        if not _answers(machine.device):
+        if not answers(machine.device):
             self.lost = f"{what} at {work.name}"
 
     def _kernels(self, work: Work) -> list[tuple[Loaded, Prepare]]:
@@ -131,8 +138,9 @@ def _row(
         others: list[Callable[[], None]] = [prepare(one.module, work, i, shared).call for i in named[1:]]
         return Beside(**said, kernel=name, note=note, microseconds=time_calls([first.call, *others]).median,
                       difference=verdict)  # fmt: skip
-    except RIVAL_ERRORS as error:
-        return Beside(**said, kernel=name, note=note, problem=f"not run: {reason(error)}")
+    except LAUNCH_ERRORS as error:
+        uncaptured = isinstance(error, CaptureError)
+        return Beside(**said, kernel=name, note=note, problem=f"not run: {reason(error)}", uncaptured=uncaptured)
 
 
 def difference(work: Work, inputs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor], rival: Rival) -> Verdict:
@@ -153,15 +161,3 @@ def _with_merge(row: Beside, measurements: Sequence[Measurement]) -> Beside:
     if not merges:
         return replace(row, note=f"{row.note}, ours without")
     return replace(row, ours=row.ours + merges[0].timing.median, note=f"{row.note}, ours with AttentionMerge")
-
-
-def _answers(device: str) -> bool:
-    """Whether the GPU can still be used."""
-    if device != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True

@@ -22,6 +22,12 @@ class Beside:
     microseconds: float | None = None
     difference: Verdict | None = None
     problem: str = ""
+    uncaptured: bool = False  # its capture in a CUDA graph failed
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        return f"{self.engine} {self.kernel} at {self.work.name}"
 
     @property
     def ratio(self) -> float | None:
@@ -40,13 +46,22 @@ class Comparison:
     lost: str = ""  # the kernel after which the GPU did not answer any more
     left: Sequence[str] = ()  # calls that the time did not suffice for
 
+    @property
+    def suspect_after(self) -> Beside | None:
+        """The first row whose capture failed, where rows with figures follow: torch may not be quite as it was."""
+        failed = [place for place, row in enumerate(self.rows) if row.uncaptured]
+        later = [row for row in self.rows[failed[0] + 1 :] if row.microseconds is not None] if failed else []
+        return self.rows[failed[0]] if later else None
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, for machines."""
+        suspect = self.suspect_after
         return {
             "versions": dict(self.versions),
             "not_installed": list(self.absent),
             "not_loaded": list(self.broken),
             "gpu_lost_after": self.lost or None,
+            "suspect_after": None if suspect is None else suspect.name,
             "skipped": list(self.left),
             "rows": [_entry(row) for row in self.rows],
         }
@@ -59,6 +74,8 @@ class Comparison:
             lines += ["", _line(HEAD), "|---" * len(HEAD) + "|", *(_line(_cells(row)) for row in self.rows)]
         lines += [f"- {name} is not installed." for name in self.absent]
         lines += [f"- {sentence}" for sentence in self.broken]
+        if suspect := self.suspect_after:
+            lines.append(f"- The capture of {suspect.name} failed: figures of the rows below it are suspect.")
         if self.lost:
             lines.append(f"- The GPU did not answer after {self.lost}: what would follow was left out.")
         if self.left:

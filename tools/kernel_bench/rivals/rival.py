@@ -8,20 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import Any
 
 import torch
 
-from angelforge.plugins.compile import COMPILE_ERRORS
+from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS
 from angelforge.tools.kernel_bench.work import Work
 
 Tensors = Mapping[str, torch.Tensor]
-# What foreign code is known to raise: missing parts, refused arguments, a compiler that fails, no memory.
-RIVAL_ERRORS: tuple[type[Exception], ...] = (
-    *COMPILE_ERRORS, ImportError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, OSError,
-    SubprocessError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Engine:
             try:
                 if find_spec(package) is not None:
                     return package
-            except RIVAL_ERRORS:  # a parent that does not load
+            except LAUNCH_ERRORS:  # a parent that does not load
                 continue
         return None
 
@@ -74,15 +68,9 @@ class Engine:
         """The installed package.
 
         Raises:
-            RIVAL_ERRORS: it does not load.
+            LAUNCH_ERRORS: it does not load.
         """
         found = self.installed()
         if found is None:
             raise ImportError(f"{self.packages[0]} is not installed")
         return import_module(found)
-
-
-def reason(error: Exception) -> str:
-    """An exception in a short line that fits a table."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}"[:160].replace("|", "/") if lines else type(error).__name__

@@ -1,0 +1,77 @@
+"""torch's CUDA calls on a machine without a GPU: what they would do is done at once or written down.
+
+A replay takes so many µs of a clock that only replays move; a stream is a name; a capture fails where it is told to.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+import torch
+
+
+@dataclass
+class Cuda:
+    """What the calls saw."""
+
+    replay: float = 500.0  # µs
+    host: float = 0.0  # µs between a first event and the work, where the GPU was idle
+    begin: Exception | None = None  # of a capture
+    end: Exception | None = None
+    now: float = 0.0
+    idle: bool = True  # nothing was enqueued since the last wait
+    stream: int = 0  # the current one
+    log: list[str] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In torch's place."""
+        cuda, streams = self, count(1)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.time = cuda.now
+
+            def synchronize(self) -> None:
+                cuda.idle = True
+
+            def elapsed_time(self, other: "Event") -> float:
+                return (other.time - self.time) / 1000
+
+        class Graph:
+            def capture_begin(self, pool: object) -> None:
+                cuda.log.append(f"begin on {cuda.stream}")
+                if cuda.begin:
+                    raise cuda.begin
+
+            def capture_end(self) -> None:
+                cuda.log.append(f"end on {cuda.stream}")
+                if cuda.end:
+                    raise cuda.end
+
+            def replay(self) -> None:
+                cuda.now += cuda.replay + (cuda.host if cuda.idle else 0.0)
+                cuda.idle = False
+                cuda.log.append("replay")
+
+        @contextmanager
+        def stream(number: int) -> Iterator[None]:
+            before, cuda.stream = cuda.stream, number
+            try:
+                yield
+            finally:
+                cuda.stream = before
+
+        for name, value in (
+            ("Event", Event), ("CUDAGraph", Graph), ("stream", stream), ("Stream", lambda: next(streams)),
+            ("graph_pool_handle", lambda: (0, 7)), ("current_device", lambda: 0), ("synchronize", lambda: None),
+            ("empty_cache", lambda: None),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            release = lambda device, pool, name=name: cuda.log.append(f"{name} {pool[1]}")  # noqa: E731
+            monkeypatch.setattr(torch._C, name, release, raising=False)
