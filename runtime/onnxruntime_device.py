@@ -14,6 +14,8 @@ from angelforge.targets import Target
 
 Provider = tuple[str, dict[str, str]]
 
+_WARNINGS, _ERRORS = 2, 3  # severities of its log; the first is its default
+
 CPU: Provider = ("CPUExecutionProvider", {})
 # TF32 would change routing. By default the provider's memory grows to the next power of two.
 CUDA: Provider = ("CUDAExecutionProvider", {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
@@ -58,10 +60,14 @@ def open_session(
             without it.
     """
     version = onnxruntime.__version__
+    # CUDA's provider warns of every ScatterND, beside the session's own log; no two tokens but padding share a slot.
+    onnxruntime.set_default_logger_severity(_ERRORS)
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
     except ONNXRUNTIME_ERRORS as error:
         raise AngelForgeError(f"ONNX Runtime {version} cannot load the engine: {error}") from error
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNINGS)
     started = session.get_providers()
     for name, _ in providers:
         if name not in started:

@@ -1,5 +1,10 @@
 """Target `cuda`: built without a GPU, and run by the same code with the CPU's provider in the place of CUDA's."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from support.built import Sequences
+from support.empty_cuda import empty_cuda
 
 from angelforge import LLM, SamplingParams
 from angelforge.bundle import Bundle
@@ -27,6 +33,34 @@ from angelforge.targets import get_target
 from angelforge.tools.cli import main
 
 STAND_IN = OrtDevice((CPU,), "cpu")
+# What costs time or must be exact. Arithmetic on shapes is the CPU's.
+ON_THE_GPU = {"Cast", "DequantizeLinear", "Gemm", "If", "Loop", "MatMul", "RMSNormalization", "RotaryEmbedding", "Scan"}
+ON_THE_GPU |= {"Gather", "GatherElements", "ScatterElements", "ScatterND", "Sigmoid", "Softmax", "TopK", "Transpose"}
+START = """
+import json, sys
+from pathlib import Path
+import numpy as np, onnxruntime
+from angelforge.bundle import Bundle
+from angelforge.engines.cpu import build_onnxruntime
+from angelforge.runtime import onnxruntime_session
+from angelforge.runtime.onnxruntime_device import CPU, CUDA, OrtDevice
+from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+bundle = Bundle.open(Path(sys.argv[1]))
+build_onnxruntime(bundle, "cuda")
+plain = onnxruntime_session.session_options
+def telling(*args):
+    options = plain(*args)
+    options.log_severity_level, options.log_verbosity_level = 0, 1
+    return options
+onnxruntime_session.session_options = telling
+engine = OnnxRuntimeEngine(bundle, 6, target="cuda", device=OrtDevice((CUDA, CPU), "cuda", 10**9))
+pool, states = engine.pools[0], engine._session.place(np.arange(6, dtype=np.float32))
+print(json.dumps({
+    "zeros": not pool.any(), "writeable": pool.flags.writeable, "shape": pool.shape,
+    "device": states.device_name(), "states": states.numpy().tolist(),
+}))
+engine.close()
+"""
 PROMPTS = [[5, 17, 99], [3] * 70]
 
 
@@ -110,6 +144,38 @@ def test_a_provider_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch:
     assert (device.name, device.memory_bytes) == ("cuda", facts.memory_bytes)
     with pytest.raises(AngelForgeError, match=r"cannot (start its CUDAExecutionProvider|load the engine)"):
         OnnxRuntimeEngine(bundle, 6, target="cuda", device=device)
+
+
+def test_the_cuda_provider_takes_all_that_matters(tmp_path: Path) -> None:
+    """ONNX Runtime's real provider over empty CUDA libraries: who runs which node in FP8, and whose memory is whose."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(num_hidden_layers=2))
+    made = export(str(checkpoint), tmp_path / "bundle", ExportOptions(precision=Precision.FP8))
+    (tmp_path / "cuda").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", START, str(made.folder)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(empty_cuda(tmp_path / "cuda"))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout) == {
+        "zeros": True,
+        "writeable": False,
+        "shape": [6, 2, 2, 64, 32],
+        "device": "cuda",
+        "states": [0, 1, 2, 3, 4, 5],
+    }
+    placed: dict[str, set[str]] = {}
+    provider = ""
+    for line in result.stderr.splitlines():
+        if found := re.search(r"placed on \[(\w+)\]", line):
+            provider = found[1]
+        elif found := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", line):
+            placed.setdefault(provider, set()).add(found[1])
+    assert placed["CUDAExecutionProvider"] >= ON_THE_GPU
+    assert not placed["CPUExecutionProvider"] & ON_THE_GPU
 
 
 def test_ranks_are_refused_before_anything_is_done(bundle: Bundle) -> None:
