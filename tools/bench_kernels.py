@@ -12,8 +12,12 @@ import click
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.registry import OPERATORS
 from angelforge.tools.gpu_needed import require_gpu
+from angelforge.tools.options import require_writable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from angelforge.plugins.tuning import Row
     from angelforge.tools.kernel_bench.measure import Machine
     from angelforge.tools.kernel_bench.report import Report
     from angelforge.tools.kernel_bench.run import Deadline
@@ -51,6 +55,7 @@ def kernels(
     unknown = [name for name in operators if name not in OPERATORS]
     if unknown:
         raise UsageError(f"There is no operator {unknown[0]!r}; there are {', '.join(OPERATORS)}.")
+    _check_options(seconds, seed, json_file, tuning if tune else None)
     facts = require_gpu("bench kernels")
     from angelforge.tools.kernel_bench.run import Deadline, compare_engines, find_machine, run
 
@@ -71,6 +76,15 @@ def kernels(
         raise AngelForgeError(f"{len(report.problems)} results are wrong; they stand below the first table.")
 
 
+def _check_options(seconds: float, seed: int, json_file: Path | None, tuning: Path | None) -> None:
+    if not seconds > 0:  # nor if it is no number
+        raise UsageError(f"--seconds is {seconds:g}, but a time above 0 is needed.")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed is {seed}, but a number from 0 to 2⁶³ − 1 is needed.")
+    require_writable("--json", json_file)
+    require_writable("--tuning", tuning)
+
+
 def _save(report: Report, path: Path | None) -> None:
     if path is not None:
         from angelforge.atomic import write_atomic
@@ -84,10 +98,15 @@ def _tune(machine: Machine, operators: tuple[str, ...], deadline: Deadline, path
     from angelforge.tools.kernel_bench.tuner import tasks, tune
 
     before = {row.key(): row for row in (read_rows(path) if path.exists() else ())}
-    rows, left = tune(tasks(full_config(), operators), machine, deadline.over, _say)
-    merged = {**before, **{row.key(): row for row in rows}}
-    write_rows(path, merged.values(), "Measured by `angelforge bench kernels --tune`.")
-    _say(f"{path} has {len(merged)} rows, {len(rows)} of them new; no time was left for {len(left)} of the tasks.")
+
+    def save(rows: Sequence[Row]) -> int:
+        merged = {**before, **{row.key(): row for row in rows}}
+        write_rows(path, merged.values(), "Measured by `angelforge bench kernels --tune`.")
+        return len(merged)
+
+    rows, left = tune(tasks(full_config(), operators), machine, deadline.over, _say, save)
+    count = save(rows)
+    _say(f"{path} has {count} rows, {len(rows)} of them new; {len(left)} of the tasks were not done.")
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,6 @@ from angelforge.errors import AngelForgeError
 from angelforge.exporter.graph import build_graph
 from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.plugins.tensorrt.library import Flavour, Library, load_library
-from angelforge.runtime.batch import Batch
 from angelforge.runtime.device import Device, open_device
 from angelforge.runtime.device_weights import DeviceWeights
 from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine, WeightSource
@@ -30,15 +29,14 @@ from angelforge.tools.device_step.model import fill_pools
 from angelforge.tools.device_step.sequences import Case, decode_batch
 from angelforge.tools.device_step.weights import Weights, empty_weights, fill_weights
 from angelforge.tools.kernel_bench.measure import Machine
-from angelforge.tools.kernel_bench.statistics import Timing, summarise
-from angelforge.tools.kernel_bench.timing import STEP_WARM, elapsed, warm_up
+from angelforge.tools.kernel_bench.statistics import summarise
+from angelforge.tools.kernel_bench.timing import STEP_WARM, spans, warm_up
 
 NAME = "TensorRT"
 MIN_TOKENS = 512  # of the largest profile: more than the decoding ones have
-STEPS = 8  # one after another in a measurement, as `serve` puts them: the host packs one while another runs
+STEPS = 8  # between two events; they follow one another as `serve` puts them: the host packs one while another runs
 
 Say = Callable[[str], None]
-Clock = Callable[[Callable[[], None]], float]  # µs on the device that the work takes
 
 
 def measure_through_tensorrt(
@@ -64,7 +62,7 @@ def measure_through_tensorrt(
     try:
         for before in measured:
             say(f"{library.title}, {before.case}: {rounds} times {STEPS} steps …")
-            yield measure_engine(engine, subject, before, rounds, elapsed)
+            yield measure_engine(engine, subject, before, rounds)
     finally:
         engine.close()
 
@@ -135,14 +133,14 @@ def random_engine(
     return engine
 
 
-def measure_engine(engine: TensorRTEngine, subject: Subject, before: Figures, rounds: int, clock: Clock) -> Figures:
+def measure_engine(engine: TensorRTEngine, subject: Subject, before: Figures, rounds: int) -> Figures:
     """Steps of one case; what they took of the experts is what the kernels of the same model took."""
     batch = decode_batch(subject.config, before.case, PAGE_SIZE, subject.seed)
     logits = engine.forward(batch).clone()
     warm_up(lambda: engine.forward(batch), STEP_WARM)
     again = engine.forward(batch)
     same, host = torch.equal(again, logits), logits.cpu()
-    timing: Timing = summarise([clock(lambda: _forward(engine, batch)) / STEPS for _ in range(rounds)])
+    timing = summarise(spans(lambda: engine.forward(batch), rounds, STEPS))
     return Figures(
         case=before.case,
         timing=timing,
@@ -153,11 +151,6 @@ def measure_engine(engine: TensorRTEngine, subject: Subject, before: Figures, ro
         logits=host,
         cosine=_cosine(host, before.logits),
     )
-
-
-def _forward(engine: TensorRTEngine, batch: Batch) -> None:
-    for _ in range(STEPS):
-        engine.forward(batch)
 
 
 def _pages(cases: Sequence[Case]) -> int:

@@ -9,8 +9,8 @@ from angelforge.tools.kernel_bench.measure import Machine, Measurement
 from angelforge.tools.kernel_bench.rivals.comparison import Comparison
 
 HEAD = (
-    "call", "tile m×n×k, warps, stages", "µs", "limit µs", "GB/s", "TFLOP/s", "of nominal", "of achievable", "of peak",
-    "error / limit", "PTX", "torch µs (ours / torch)", "goal",
+    "call", "tile m×n×k, warps, stages", "µs", "spread", "limit µs", "GB/s", "TFLOP/s", "of nominal", "of achievable",
+    "of peak", "error / limit", "PTX", "torch µs (ours / torch)", "goal",
 )  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def _cells(m: Measurement) -> Iterator[str]:
     yield m.work.name
     yield _tile(m.tile)
     yield f"{m.timing.median:.1f}"
+    yield f"{100 * m.timing.spread:.0f} %"
     yield "–" if m.limit is None else f"{m.limit:.1f}"
     yield f"{m.cost.nbytes / seconds / 1e9:.0f}"
     yield f"{m.cost.flops / seconds / 1e12:.1f}" if m.cost.flops else "–"

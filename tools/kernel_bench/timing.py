@@ -60,7 +60,7 @@ def warm_up(work: Callable[[], object], seconds: float) -> None:
         elapsed(some)
 
 
-def spans(work: Callable[[], None], count: int, each: int = 1) -> list[float]:
+def spans(work: Callable[[], object], count: int, each: int = 1) -> list[float]:
     """µs of one `work`, the mean of `each` in each of `count` spans that follow one another without a pause.
 
     One more goes before: the GPU is busy with it while the host launches the first that counts.

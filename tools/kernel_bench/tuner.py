@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 from angelforge.config import ModelConfig
 from angelforge.errors import AngelForgeError
+from angelforge.plugins.architectures import shared_limit
 from angelforge.plugins.kernel import Tile
 from angelforge.plugins.tuning import Row, profile_of
 from angelforge.tools.kernel_bench.costs import cost_of
+from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS, answers, reason
 from angelforge.tools.kernel_bench.inputs import experts_used, make_inputs
 from angelforge.tools.kernel_bench.measure import Machine, check, default_tile, rotation, time_work
 from angelforge.tools.kernel_bench.statistics import geometric_mean
@@ -30,7 +32,7 @@ FREE = {
 }
 LIMITS = {"m": (16, 128), "n": (32, 256), "k": (32, 128), "warps": (4, 8), "stages": (1, 6), "blocks_per_sm": (1, 8)}
 PROFILE_TOKENS = {"8": (1, 8), "64": (32, 64), "256": (128, 256), "prefill": (1024, 8192)}
-STATIC_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes a block: decoding profiles, and sm_90's most
+STATIC_SHARED = 48 * 1024  # bytes a block in decoding profiles
 SEED = 1
 MARGIN = 0.98  # a tile must be so much faster than the default to be written down
 
@@ -80,35 +82,55 @@ def candidates(operator: str, tile: Tile) -> Iterator[Tile]:
             yield changed
 
 
-def usable(code: Code, profile: str) -> bool:
+def usable(code: Code, profile: str, architecture: str = "sm_90") -> bool:
     """Whether a compiled tile may be used in a profile: no spills, no scratch, shared memory within its limit."""
-    limit = MOST_SHARED if profile == "prefill" else STATIC_SHARED
+    limit = shared_limit(architecture) if profile == "prefill" else STATIC_SHARED
     return not code.problem and code.spills == 0 and code.shared <= limit
 
 
 def tune(
-    all_tasks: Sequence[Task], machine: Machine, over: Callable[[], bool], say: Callable[[str], None]
+    all_tasks: Sequence[Task],
+    machine: Machine,
+    over: Callable[[], bool],
+    say: Callable[[str], None],
+    save: Callable[[Sequence[Row]], object] = lambda rows: None,
 ) -> tuple[list[Row], list[Task]]:
-    """(rows of tiles that beat the default, tasks for which there was no time)."""
+    """(rows of tiles that beat the default, tasks for which there was no time or that failed).
+
+    `save` is given all rows after each new one.
+    """
     pairs = [
         (task, tile)
         for task in all_tasks
         for tile in candidates(task.works[0].operator.name, default_tile(task.works[0], machine.gpu))
     ]
     codes = compile_tiles([(task.works[0], tile) for task, tile in pairs], machine.gpu.architecture)
-    rows, left = [], []
+    rows: list[Row] = []
+    left: list[Task] = []
     for task in all_tasks:
         if over():
             left.append(task)
             continue
         tiles = [
-            tile for (own, tile), code in zip(pairs, codes, strict=True) if own is task and usable(code, task.profile)
+            tile
+            for (own, tile), code in zip(pairs, codes, strict=True)
+            if own is task and usable(code, task.profile, machine.gpu.architecture)
         ]
-        times = time_tiles(task, tiles, machine)
+        try:
+            times = time_tiles(task, tiles, machine)
+        except LAUNCH_ERRORS as error:
+            say(f"{task.works[0].name}: {reason(error)}")
+            left.append(task)
+            if not answers(machine.device):
+                say("The GPU does not answer any more: tuning ends here.")
+                return rows, left
+            continue
         row = best_row(task, times, machine)
         say(f"{task.works[0].operator.name} {task.works[0].label} ≤ {task.profile}: {len(times)} tiles, "
             + (f"{row.tile} at {row.microseconds:.1f} µs" if row else "the default stays"))  # fmt: skip
-        rows += [row] if row else []
+        if row:
+            rows.append(row)
+            save(rows)
     return rows, left
 
 

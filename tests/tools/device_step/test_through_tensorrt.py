@@ -96,15 +96,15 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
         return TensorrtEngine(manifest, profiles, plan)
 
-    def clock(work: Callable[[], None]) -> float:
+    def spans(work: Callable[[], object], count: int, each: int) -> list[float]:
         work()
-        return 800.0
+        return [800.0 / each] * count
 
     library = tensorrt_on_cpu.make_library(profiles)
     monkeypatch.setattr(module, "find_library", lambda machine: library)
     monkeypatch.setattr(module, "build_engine", build)
     monkeypatch.setattr(module, "open_device", lambda name: open_device("cpu"))
-    monkeypatch.setattr(module, "elapsed", clock)
+    monkeypatch.setattr(module, "spans", spans)
     monkeypatch.setattr(module, "warm_up", lambda work, seconds: work())
 
 

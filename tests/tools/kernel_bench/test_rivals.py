@@ -11,6 +11,7 @@ import torch
 from support import engines_in_torch as stand_ins
 
 from angelforge.plugins.kernel import Gpu
+from angelforge.tools.kernel_bench.capture import CaptureError
 from angelforge.tools.kernel_bench.checks import check_config
 from angelforge.tools.kernel_bench.costs import cost_of
 from angelforge.tools.kernel_bench.inputs import make_inputs
@@ -180,6 +181,31 @@ def test_what_raises_or_differs_is_a_row_and_is_not_timed(
     assert [row.microseconds for row in found.rows] == [None, None, None, 12.0]
     assert (fourth.problem, bodies) == ("", [1])
     assert {line.count("|") for line in found.markdown()[3:]} == {8}  # one table, whatever stands in a message
+
+
+@pytest.mark.usefixtures("installed")
+def test_rows_after_a_failed_capture_are_suspect(bodies: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error of the capture stands in the row; after each call all rows so far are saved."""
+
+    def clock(calls: Sequence[Any]) -> Timing:
+        if not bodies:
+            bodies.append(len(calls))
+            raise CaptureError("It cannot be captured in a CUDA graph: TypeError: odd")
+        return Timing(12.0, 12.0, 0.0)
+
+    monkeypatch.setattr(beside, "time_calls", clock)
+    saved: list[int] = []
+    calls = [measurement("Norm"), measurement("AddNorm")]
+    found = Rivals().all_beside(calls, MACHINE, lambda: False, 1, save=lambda known: saved.append(len(known.rows)))
+    assert found.rows[0].problem == "not run: It cannot be captured in a CUDA graph: TypeError: odd"
+    assert found.rows[1].microseconds == 12.0
+    assert "The capture of vLLM rms_norm at Norm, T = 5 failed: figures of the rows below it" in "\n".join(
+        found.markdown()
+    )
+    assert found.to_dict()["suspect_after"] == "vLLM rms_norm at Norm, T = 5"
+    assert replace(found, rows=found.rows[:1]).suspect_after is None
+    assert replace(found, rows=found.rows[1:]).suspect_after is None
+    assert saved == [2, len(found.rows)]
 
 
 @pytest.mark.usefixtures("installed", "bodies")

@@ -194,6 +194,15 @@ def test_tuning_writes_the_fastest_right_tile(tmp_path: Path, monkeypatch: pytes
     assert [(row.tile, row.profile, row.sms) for row in rows] == [(near[2], "8", 2)]
     assert (dict(rows[0].sizes)["N"], left) == (call.dims["N"], [])
     assert tuner.tune([Task("8", (call,))], MACHINE, lambda: True, lambda _: None)[1] != []
+    kept: list[int] = []
+    twice = [Task("8", (call,)), Task("64", (call,))]
+    tuner.tune(twice, MACHINE, lambda: False, lambda _: None, lambda known: kept.append(len(known)))
+    assert kept == [1, 2]  # a run that is killed keeps what it found
+    said: list[str] = []
+    broken = lambda *_: (_ for _ in ()).throw(OSError("no gcc"))  # noqa: E731
+    monkeypatch.setattr(tuner, "time_tiles", broken)
+    assert tuner.tune(twice, MACHINE, lambda: False, said.append) == ([], twice)
+    assert any("OSError: no gcc" in line for line in said)
     assert best_row(Task("8", (call,)), {default: 1.0, near[2]: 0.99}, MACHINE) is None
     monkeypatch.setattr(tuner, "tune", lambda *_: (rows, []))
     monkeypatch.setattr(run, "find_machine", lambda facts: MACHINE)
