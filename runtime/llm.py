@@ -55,7 +55,7 @@ class LLM:
         """Loads a bundle's engine for a target.
 
         The KV cache has `num_pages` pages or takes `kv_memory` bytes; by default what `max_batch` full contexts need,
-        at most a quarter of the free memory, or on a GPU what the weights leave. A step computes up to
+        at most a quarter of the free memory, or with TensorRT what the weights leave. A step computes up to
         `max_tokens_per_step` tokens of up to `max_batch` requests; an engine that was built for fewer tokens gets
         fewer. `threads` is for CPUs; by default all cores. `speculate` is how many tokens the bundle's draft proposes
         at a time, which makes outputs faster and never different in distribution: a number, 0 for none, or "auto", as

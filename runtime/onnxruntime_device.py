@@ -51,9 +51,9 @@ def cuda_providers() -> list[Provider]:
 
 
 def open_session(
-    graph: bytes, options: onnxruntime.SessionOptions, providers: Sequence[Provider]
+    graph: bytes, options: onnxruntime.SessionOptions, providers: Sequence[Provider], what: str = "the engine"
 ) -> onnxruntime.InferenceSession:
-    """A session on exactly these providers.
+    """A session on exactly these providers; errors call the graph `what`.
 
     Raises:
         AngelForgeError: ONNX Runtime refuses the graph, or cannot start one of the providers; by itself it would go on
@@ -65,7 +65,7 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
     except ONNXRUNTIME_ERRORS as error:
-        raise AngelForgeError(f"ONNX Runtime {version} cannot load the engine: {error}") from error
+        raise AngelForgeError(f"ONNX Runtime {version} cannot load {what}: {error}") from error
     finally:
         onnxruntime.set_default_logger_severity(_WARNINGS)
     started = session.get_providers()

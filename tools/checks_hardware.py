@@ -19,7 +19,7 @@ def check_gpu(gpus: Sequence[Gpu]) -> Finding:
     if gpus:
         return Finding("GPU", "ok", "; ".join(_describe(gpu) for gpu in gpus))
     fix = "Use a machine with an NVIDIA GPU; in a container, start it with its GPUs (docker run --gpus all)."
-    return Finding("GPU", "missing", "none found", "running TensorRT engines, measuring kernels", fix)
+    return Finding("GPU", "missing", "none found", "running TensorRT engines and target cuda, measuring kernels", fix)
 
 
 def check_driver(gpus: Sequence[Gpu]) -> list[Finding]:

@@ -31,8 +31,8 @@ kv_memory_option = click.option(
     "kv_memory",
     type=float,
     callback=_bytes,
-    help="Memory of the KV cache in GB (10⁹ bytes). Default: what is needed, at most a quarter of what is free; on a "
-    "GPU all that is left.",
+    help="Memory of the KV cache in GB (10⁹ bytes). Default: what is needed, at most a quarter of what is free; with "
+    "TensorRT all that is left.",
 )
 
 threads_option = click.option(

@@ -15,7 +15,7 @@ from onnx_ir import convenience
 
 from angelforge.engines.onnxruntime_graph import ONNXRUNTIME_ERRORS, fit_opset, session_options
 from angelforge.errors import AngelForgeError
-from angelforge.runtime.onnxruntime_device import CPU, Provider
+from angelforge.runtime.onnxruntime_device import CPU, Provider, open_session
 
 Array = NDArray[Any]
 Values = Mapping[str, Array]
@@ -49,21 +49,15 @@ class OrtPiece:
         """`weights_root` is the folder that the weights' locations are relative to.
 
         Raises:
-            AngelForgeError: ONNX Runtime refuses the piece.
+            AngelForgeError: ONNX Runtime refuses the piece, or one of the providers does not start.
         """
         options = session_options(weights_root, threads)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.outputs = [str(value.name) for value in model.graph.outputs]
         fit_opset(model)
         self._types = {str(v.name): v.dtype for v in model.graph.inputs}
-        try:
-            self._session = onnxruntime.InferenceSession(
-                ir.to_proto(model).SerializeToString(), options, providers=list(providers)
-            )
-        except ONNXRUNTIME_ERRORS as error:
-            raise AngelForgeError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot run a piece of the graph: {error}"
-            ) from error
+        graph = ir.to_proto(model).SerializeToString()
+        self._session = open_session(graph, options, providers, "a piece of the graph")
         self._fp8 = {v.name for v in self._session.get_outputs() if v.type == "tensor(float8e4m3fn)"}
 
     def run(self, values: Values) -> dict[str, Array]:

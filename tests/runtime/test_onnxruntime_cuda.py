@@ -29,6 +29,7 @@ from angelforge.runtime import onnxruntime_device
 from angelforge.runtime.onnxruntime_device import CPU, OrtDevice, open_device
 from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from angelforge.runtime.validate.cuda_graph import ProviderRunner
 from angelforge.targets import get_target
 from angelforge.tools.cli import main
 
@@ -137,13 +138,15 @@ def test_running_it_without_a_gpu_says_what_is_missing(bundle: Bundle, tmp_path:
 
 @pytest.mark.skipif(find_gpu() is not None, reason="CUDA may start here")
 def test_a_provider_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime by itself would compute on the CPU and say so in a warning alone."""
+    """ONNX Runtime by itself would compute on the CPU, and `validate` compare that, with a warning alone."""
     facts = GpuFacts("NVIDIA L4", "sm_89", 58, 24 * 10**9, "580.65.06")
     monkeypatch.setattr(onnxruntime_device, "find_gpu", lambda: facts)
     device = open_device(get_target("cuda"))
     assert (device.name, device.memory_bytes) == ("cuda", facts.memory_bytes)
     with pytest.raises(AngelForgeError, match=r"cannot (start its CUDAExecutionProvider|load the engine)"):
         OnnxRuntimeEngine(bundle, 6, target="cuda", device=device)
+    with pytest.raises(AngelForgeError, match=r"cannot (start its CUDAExecutionProvider|load a piece of the graph)"):
+        ProviderRunner(bundle, "ONNX Runtime CUDA", device.providers).open_stages()
 
 
 def test_the_cuda_provider_takes_all_that_matters(tmp_path: Path) -> None:
