@@ -73,7 +73,8 @@ def compile_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu, repo
     """Compiles all kernels of a prepared graph; the process keeps them for the plugins that ask for them.
 
     Raises:
-        AngelForgeError: naming the layer whose kernel cannot be compiled, or triton is not installed.
+        AngelForgeError: naming the operator whose kernel cannot be compiled or needs more shared memory than the GPU
+            gives a block, or triton is not installed.
     """
     calls = list(_calls(model, profiles))
     for i, call in enumerate(calls):
@@ -85,7 +86,7 @@ def compile_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu, repo
 def _calls(model: ir.Model, profiles: Sequence[Profile]) -> Iterator[_Call]:
     seen = set()
     for profile in profiles:
-        shapes = concrete_shapes(model, {symbol: sizes.most for symbol, sizes in profile.symbols().items()})
+        shapes = concrete_shapes(model, profile.most())
         for node in model.graph:
             if node.domain != DOMAIN or kernel_digest(OPERATORS[node.op_type]) == "none":
                 continue

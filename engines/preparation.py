@@ -53,7 +53,7 @@ def prepare_build(bundle: Bundle, target: Target, options: BuildOptions, must_fi
     limits = choose_limits(bundle, graphs[-1].model, planned, options, must_fit)
     profiles = make_profiles(limits)
     for graph in graphs:
-        check_volumes(graph.model, {symbol: sizes.most for symbol, sizes in profiles[-1].symbols().items()})
+        check_volumes(graph.model, profiles[-1].most())
         if target.sms is not None:
             check_kernels(graph.model, profiles, Gpu(target.architecture, target.sms))
     return Prepared(graphs, profiles, planned)

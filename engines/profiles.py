@@ -49,6 +49,10 @@ class Profile:
             "pages": self.pages,
         }
 
+    def most(self) -> dict[str, int]:
+        """The greatest sizes by symbol."""
+        return {symbol: sizes.most for symbol, sizes in self.symbols().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)

@@ -10,6 +10,8 @@ from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 
 MAX_VOLUME = 2**31  # elements of a tensor: TensorRT's limit is below this
+_DECIDED_BY = {"T": "--max-tokens", "B": "--max-batch", "P": "--max-context", "R": "--max-batch", "pages": "--pages"}
+_TOO_WIDE = "The model is too wide for one rank; --tensor-parallel shares it."
 
 Shape = tuple[int, ...]
 
@@ -45,7 +47,7 @@ def check_volumes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         if prod(shape) < MAX_VOLUME:
             continue
         symbols = [str(d) for d in value.shape or () if not isinstance(d, int)]
-        cause = f"Lower what decides {', '.join(symbols)}." if symbols else "The model is too wide for one rank."
+        cause = f"Lower {' or '.join(_DECIDED_BY.get(name, name) for name in symbols)}." if symbols else _TOO_WIDE
         raise AngelForgeError(
             f"The tensor {value.name} would have {prod(shape)} elements (shape {list(shape)}), but TensorRT takes "
             f"fewer than {MAX_VOLUME}. {cause}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from angelforge.plugins.architectures import SMALL_BLOCKS, shared_limit
 from angelforge.plugins.operator import Operator
 
 
@@ -54,3 +55,10 @@ class Kernel:
     constants: Callable[[Mapping[str, Any], Mapping[str, ir.DataType], Tile], dict[str, Any]]
     grid: Callable[[Mapping[str, Any], Gpu, Tile], tuple[Any, Any, Any]]
     tile: Callable[[Mapping[str, Any], int], Tile]  # (dims, most tokens of the profile) → default tile
+    small_tile: Callable[[Mapping[str, Any], int], Tile] | None = None  # the same where a block has 99 KB, if another
+
+    def tile_on(self, gpu: Gpu, dims: Mapping[str, Any], most_tokens: int) -> Tile:
+        """The default tile on a GPU in a profile of at most `most_tokens` tokens."""
+        if self.small_tile is not None and shared_limit(gpu.architecture) <= SMALL_BLOCKS:
+            return self.small_tile(dims, most_tokens)
+        return self.tile(dims, most_tokens)

@@ -69,7 +69,7 @@ def tile_for(
     rows = packaged_rows() if table is None else table
     name, profile = kernel.operator.name, profile_of(profile_tokens)
     found = [row for row in rows if row.serves(name, dims, gpu, profile)]
-    return max(found, key=lambda row: len(row.sizes)).tile if found else kernel.tile(dims, profile_tokens)
+    return max(found, key=lambda row: len(row.sizes)).tile if found else kernel.tile_on(gpu, dims, profile_tokens)
 
 
 @cache

@@ -18,13 +18,14 @@ from angelforge.config import ModelConfig
 from angelforge.exporter.graph import build_graph
 from angelforge.exporter.synthetic_config import FULL_CONFIG
 from angelforge.plugins.binding import Binding, bind
-from angelforge.plugins.kernel import Tile
+from angelforge.plugins.kernel import Gpu, Tile
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
 from angelforge.precision import Precision
 
 PROFILES = (8, 64, 256, 8192)  # most tokens of a call
 PAGE_SIZE = 64
+ARCHITECTURE = "sm_90"  # of the page
 WEIGHTS = ("weight", "table", "gate", "down", "kv_cache")  # the input whose sizes a row shows
 STEP = ("T", "pages")  # symbols that a step or a pool decides
 WITHOUT_KERNEL = ("AllReduce",)  # removed for one rank, a native layer for several
@@ -74,21 +75,21 @@ def _signature(node: ir.Node) -> tuple[list[list[int]], list[ir.DataType]]:
     return shapes, types
 
 
-def rows(operator: Operator, binding: Binding) -> Iterator[Row]:
-    """The different default tiles of an operator's kernel, compiled for sm_90."""
+def rows(operator: Operator, binding: Binding, architecture: str = ARCHITECTURE) -> Iterator[Row]:
+    """The different default tiles of an operator's kernel, compiled for an architecture."""
     from angelforge.plugins.compile import compile_kernel
     from angelforge.plugins.tensorrt.kernels import find_kernel
 
-    kernel = find_kernel(operator)
+    kernel, gpu = find_kernel(operator), Gpu(architecture, 1)
     tiles: dict[Tile, list[int]] = {}
     for tokens in PROFILES:
-        tiles.setdefault(kernel.tile(binding.dims, tokens), []).append(tokens)
+        tiles.setdefault(kernel.tile_on(gpu, binding.dims, tokens), []).append(tokens)
     weight = next((port for port in operator.inputs if port.name in WEIGHTS), operator.inputs[0])
     sizes = "×".join(
         str(binding.dims[symbol]) for symbol in weight.shape if isinstance(symbol, str) and symbol not in STEP
     )
     for tile, profiles in tiles.items():
-        code = compile_kernel(kernel, binding, tile)
+        code = compile_kernel(kernel, binding, tile, architecture)
         yield Row(
             operator=operator.name,
             sizes=sizes,
@@ -103,7 +104,12 @@ def rows(operator: Operator, binding: Binding) -> Iterator[Row]:
         )
 
 
-def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_size: bool = False) -> dict[str, Any]:
+def table(
+    precisions: Sequence[Precision],
+    operators: Sequence[str] = (),
+    one_size: bool = False,
+    architecture: str = ARCHITECTURE,
+) -> dict[str, Any]:
     """All rows by precision, and the compiler that made them.
 
     Of these operators, or of all; with `one_size` of each only the first of the sizes that the graph has.
@@ -115,8 +121,8 @@ def table(precisions: Sequence[Precision], operators: Sequence[str] = (), one_si
         chosen = [node for node in nodes(precision) if not operators or node[0].name in operators]
         if one_size:
             chosen = list({operator.name: (operator, binding) for operator, binding in reversed(chosen)}.values())[::-1]
-        found[precision.value] = [asdict(row) for node in chosen for row in rows(*node)]
-    return {"compiler": COMPILER, "architecture": "sm_90a", "precisions": found}
+        found[precision.value] = [asdict(row) for node in chosen for row in rows(*node, architecture)]
+    return {"compiler": COMPILER, "architecture": architecture, "precisions": found}
 
 
 FIRST_TABLE = "### "  # where the tables of the page begin
@@ -147,15 +153,21 @@ def _line(cells: Sequence[Any]) -> str:
 @click.argument("precisions", nargs=-1, type=click.Choice(["fp8", "bf16"]))
 @click.option("--operator", "operators", multiple=True, help="This operator only; may be given several times.")
 @click.option("--one-size", is_flag=True, help="Of each operator the first size only.")
+@click.option("--architecture", default=ARCHITECTURE, show_default=True, help="The GPU to compile for.")
 @click.option(
     "--page", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Replace the tables of this page."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def kernel_table(
-    precisions: tuple[str, ...], operators: tuple[str, ...], one_size: bool, page: Path | None, as_json: bool
+    precisions: tuple[str, ...],
+    operators: tuple[str, ...],
+    one_size: bool,
+    architecture: str,
+    page: Path | None,
+    as_json: bool,
 ) -> None:
-    """Tabulate the machine code of all kernels for sm_90a."""
-    found = table([Precision(name) for name in precisions or ("fp8", "bf16")], operators, one_size)
+    """Tabulate the machine code of all kernels."""
+    found = table([Precision(name) for name in precisions or ("fp8", "bf16")], operators, one_size, architecture)
     if page is not None:
         text = page.read_text(encoding="utf-8")
         write_atomic(page, text[: text.index(FIRST_TABLE)] + markdown(found))

@@ -9,12 +9,14 @@ from angelforge.engines.kernel_checks import check_kernels
 from angelforge.engines.network import prepare_network
 from angelforge.engines.plan_types import PlanRequest
 from angelforge.engines.profiles import StepLimits, make_profiles
+from angelforge.engines.shapes import check_volumes
 from angelforge.exporter.graph import build_draft_graph, build_graph
 from angelforge.exporter.sources import require_exportable
 from angelforge.plugins.kernel import Gpu
 from angelforge.precision import Precision
 
 NOT_ASKED = "triton is not installed, so the kernels were not asked whether they serve these sizes"
+_FREE_EXPERTS, _FREE_PER_TOKEN = 512, 16  # shared ones included: up to these the experts' tiles spill no register
 
 
 def check_operators(request: PlanRequest) -> str | None:
@@ -26,15 +28,14 @@ def check_operators(request: PlanRequest) -> str | None:
     nothing to ask.
 
     Raises:
-        AngelForgeError: naming the layer, its operator, and what its kernel cannot serve.
+        AngelForgeError: naming the layer, its operator, and what its kernel cannot serve; or a tensor that is too
+            large for TensorRT in a step of so many tokens.
         UsageError: the model cannot be exported.
     """
     config, target, draft = request.config, request.target, request.draft
     require_exportable(config)
     if target.sms is None:
         return None
-    if find_spec("triton") is None:
-        return NOT_ASKED
     few = config.with_layers(_layers_of_each_kind(config))
     sizes = (request.precision, request.page_size, request.max_context)
     graphs = [(build_graph(few, *sizes, draft, request.tensor_parallel), request.tensor_parallel)]
@@ -42,10 +43,12 @@ def check_operators(request: PlanRequest) -> str | None:
         graphs.append((build_draft_graph(draft, config, *sizes), 1))
     pages = 1 + -(-request.max_context // request.page_size)
     limits = StepLimits(request.max_tokens, request.max_batch, request.max_context, request.page_size, pages)
+    profiles = make_profiles(limits)
     for model, ranks in graphs:
         prepare_network(model, ranks)
-        check_kernels(model, make_profiles(limits), Gpu(target.architecture, target.sms))
-    return _served_badly(request)
+        check_kernels(model, profiles, Gpu(target.architecture, target.sms))
+        check_volumes(model, profiles[-1].most())
+    return NOT_ASKED if find_spec("triton") is None else _served_badly(request)
 
 
 def _served_badly(request: PlanRequest) -> str | None:
@@ -77,11 +80,23 @@ def _served_badly(request: PlanRequest) -> str | None:
             )
         elif width * size % 128:
             notes.append(f"{name} {width}{share} is no multiple of {128 // size}: every step along it is masked")
+    if size == 1:
+        notes += _spilling(config)
     if not notes:
         return None
-    if size == 1 and config.hidden_size % 128:
-        notes.append("the tile of experts for prompts (Fp8MoEGateUp) spills registers")
     return f"served, but slowly: {'; '.join(notes)}"
+
+
+def _spilling(config: ModelConfig) -> list[str]:
+    """Notes on what costs the FP8 experts' tile for prompts registers that it does not have, as compiled for sm_90."""
+    tile = "the tile of experts for prompts (Fp8MoEGateUp) spills registers"
+    if config.hidden_size % 128:
+        return [tile]
+    if config.experts_per_token > _FREE_PER_TOKEN:
+        return [f"{tile} with {config.experts_per_token} experts a token, shared ones included"]
+    if config.num_expert_slots > _FREE_EXPERTS:
+        return [f"{tile} with {config.num_expert_slots} experts, shared ones included"]
+    return []
 
 
 def _layers_of_each_kind(config: ModelConfig) -> int:

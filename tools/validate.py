@@ -8,11 +8,10 @@ import click
 
 from angelforge.bundle import FILE
 from angelforge.errors import AngelForgeError, UsageError
-from angelforge.tools.options import json_option
+from angelforge.tools.options import json_option, require_writable
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.validate_data import DataOptions
 from angelforge.tools.validate_options import (
-    check_page,
     refuse_for_checkpoint,
     refuse_for_draft,
     refuse_for_study,
@@ -71,7 +70,7 @@ def validate(
     refuse_other_tokens()
     data = DataOptions(tokens, dialogues, count, length, chunk, padding, seed)
     chosen = _layers(layers)
-    check_page(html)
+    require_writable("--html", html)
     if not (subject / FILE).is_file() and (subject / "config.json").is_file():
         if chosen is None:
             raise UsageError(f"{subject} is a checkpoint: name layers of it with --layers 0,1, or export it first.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import click
 from click.core import ParameterSource
@@ -44,14 +43,6 @@ def refuse_other_tokens() -> None:
         _refuse(named, "does not go with another of --tokens, --dialogues and --random. Name one.")
     if named and named != ["count"]:
         _refuse(("length",), "is the length of --random sequences; tokens that are given have their own. Leave it out.")
-
-
-def check_page(path: Path | None) -> None:
-    """Raises UsageError where --html names no file that can be written, before anything is computed."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"--html names a file in {path.parent}, which is no folder; make it first.")
-    if path is not None and path.is_dir():
-        raise UsageError(f"--html is {path}, which is a folder; name a file in it.")
 
 
 def _refuse(names: Iterable[str], why: str) -> None:

@@ -5,6 +5,7 @@ that neighbouring threads read neighbouring columns. Sums of slices are added ei
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -113,7 +114,12 @@ def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
         return Tile(m=8, n=2, k=LEAST_STEPS, warps=2, stages=1)
     if tokens <= 256:
         return Tile(m=16, n=8, k=LEAST_STEPS, stages=1)
-    return Tile(m=32, n=32, k=LEAST_STEPS, warps=8, stages=1)
+    return Tile(m=32, n=32, k=LEAST_STEPS, warps=8, stages=1)  # 128 KB of shared memory
+
+
+def _small_tile(dims: Mapping[str, Any], tokens: int) -> Tile:
+    tile = _tile(dims, tokens)
+    return replace(tile, n=min(tile.n, 16))  # 96 KB
 
 
 KERNEL = Kernel(
@@ -123,4 +129,5 @@ KERNEL = Kernel(
     constants=_constants,
     grid=_grid,
     tile=_tile,
+    small_tile=_small_tile,
 )

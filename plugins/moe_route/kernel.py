@@ -7,6 +7,7 @@ import onnx_ir as ir
 import triton
 import triton.language as tl
 
+from angelforge.plugins.device.expert_launch import check_experts
 from angelforge.plugins.device.launch import ceil_div
 from angelforge.plugins.device.numbers import opaque
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
@@ -180,6 +181,7 @@ def _moe_route(
 
 def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:
     experts, groups = dims["E"], dims["n_group"]
+    check_experts(experts + dims["num_shared_experts"], dims["top_k"] + dims["num_shared_experts"])
     padded_groups, padded_size = (1 << (size - 1).bit_length() for size in (groups, experts // groups))
     return {
         "experts": experts,

@@ -26,6 +26,9 @@ from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
 
 _KEYS = 32  # of a tile: two tiles of keys and values in shared memory fit in 48 KB
+_MOST_DIMS = (
+    128  # of a head: tiles of 256 dims pass 48 KB of shared memory when decoding, and all of an SM's with prompts
+)
 _ROWS = 32  # query rows of a piece when draft tokens are verified
 
 # Kinds of pieces: of parts with few query rows (plain decoding) and with more (verification); of all keys of a sequence
@@ -297,8 +300,10 @@ def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: 
         raise ValueError(
             f"PagedAttention's kernel needs a split_length in multiples of {_KEYS}, got {dims['split_length']}"
         )
-    if dims["D"] < 16 or dims["D"] & (dims["D"] - 1):
-        raise ValueError(f"PagedAttention's kernel needs a head_dim that is a power of two from 16, got {dims['D']}")
+    if not 16 <= dims["D"] <= _MOST_DIMS or dims["D"] & (dims["D"] - 1):
+        raise ValueError(
+            f"PagedAttention's kernel needs a head_dim that is a power of two from 16 to {_MOST_DIMS}, got {dims['D']}"
+        )
     return {
         "heads": dims["Hq"],
         "kv_heads": dims["Hkv"],
@@ -327,6 +332,12 @@ def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     return Tile(m=128, n=64, k=32, warps=8, stages=3, blocks_per_sm=1)
 
 
+def _small_tile(dims: Mapping[str, Any], tokens: int) -> Tile:
+    if tokens <= 256:
+        return _tile(dims, tokens)
+    return Tile(m=64, n=64, k=32, warps=8, stages=2, blocks_per_sm=1)  # 128 rows spill without Hopper's wgmma
+
+
 KERNEL = Kernel(
     operator=PAGED_ATTENTION,
     function=_paged_attention,
@@ -334,4 +345,5 @@ KERNEL = Kernel(
     constants=_constants,
     grid=_grid,
     tile=_tile,
+    small_tile=_small_tile,
 )

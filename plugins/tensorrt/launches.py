@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from angelforge.errors import AngelForgeError
+from angelforge.plugins.architectures import shared_limit
 from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.operator import Operator
@@ -41,7 +42,8 @@ def plan_launch(
     None is the smallest profile that takes the tokens of the shapes. `tile` stands before the tuning table's.
 
     Raises:
-        AngelForgeError: the operator has no kernel, triton is missing, or no kernel serves these sizes and types.
+        AngelForgeError: the operator has no kernel, triton is missing, no kernel serves these sizes and types, or the
+            compiled one needs more shared memory than a block of this GPU has.
     """
     kernel = find_kernel(operator)
     try:
@@ -62,7 +64,13 @@ def plan_launch(
         kernel=kernel,
         binding=binding,
     )
-    return Launch(_compile(variant), grid, tuple(binding.dims[name] for name in kernel.extras))
+    compiled, limit = _compile(variant), shared_limit(gpu.architecture)
+    if compiled.shared > limit:
+        raise AngelForgeError(
+            f"The kernel of {operator.name} cannot be launched: {tile} needs {compiled.shared} bytes of shared memory, "
+            f"a block on {gpu.architecture} has {limit}."
+        )
+    return Launch(compiled, grid, tuple(binding.dims[name] for name in kernel.extras))
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_large_tensors_are_refused_by_name(bundle: Bundle) -> None:
     prepare_network(model)
     page = 2 * 2 * 64 * 32
     check_volumes(model, SIZES | {"pages": 2**31 // page - 1})
-    with pytest.raises(AngelForgeError, match=r"kv_cache.0 would have 2147483648 elements .* decides pages"):
+    with pytest.raises(AngelForgeError, match=r"kv_cache.0 would have 2147483648 elements .* Lower --pages"):
         check_volumes(model, SIZES | {"pages": 2**31 // page})
 
 

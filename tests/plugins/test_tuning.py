@@ -41,7 +41,7 @@ ENTRY: dict[str, Any] = {
 
 def kernel(name: str = "Fp8Linear") -> Any:
     """All that the table asks of a kernel: its name and its own rule."""
-    return SimpleNamespace(operator=SimpleNamespace(name=name), tile=lambda dims, tokens: Tile(1, tokens))
+    return SimpleNamespace(operator=SimpleNamespace(name=name), tile_on=lambda gpu, dims, tokens: Tile(1, tokens))
 
 
 def row(**changes: Any) -> Row:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from angelforge.plugins.architectures import shared_limit
+from angelforge.targets import TARGETS
 from angelforge.tools.kernel_table import markdown
 
 pytest.importorskip("triton")
@@ -17,6 +19,7 @@ pytest.importorskip("triton")
 DOC = Path(__file__).resolve().parents[2] / "docs" / "kernels-sm90.md"
 REGENERATE = "run python -m angelforge.tools.kernel_table --page docs/kernels-sm90.md"
 STATIC_SHARED = 48 * 1024  # bytes that a block may use without asking for more: TensorRT may not ask
+OTHERS = sorted({target.architecture for target in TARGETS.values() if target.sms is not None} - {"sm_90"})
 DECODE_TOKENS = 256  # of the largest profile that steps of decoding and verification take
 FP8_MATMULS = {"Fp8Linear", "Fp8GateUp", "Fp8MoEGateUp", "Fp8MoEDown"}
 QUANTISERS = {"NormQuantize", "AddNormQuantize", "Fp8GateUp", "Fp8MoEGateUp", "AttentionMergeQuantize"}
@@ -122,6 +125,38 @@ def recorded(found: dict[str, Any]) -> list[str]:
     if found["compiler"] not in text:
         return []
     return [line for line in markdown(found).splitlines() if line not in text.splitlines()]
+
+
+def cannot_start(table: dict[str, Any]) -> list[str]:
+    """Tiles that need more shared memory than the table's GPU gives a block, or scratch buffers."""
+    limit = shared_limit(table["architecture"])
+    return [
+        f"{row['operator']} {row['tile']}: {row['shared']} bytes"
+        for found in table["precisions"].values()
+        for row in found
+        if row["shared"] > limit or row["scratch"] > 0
+    ]
+
+
+def test_the_largest_tile_starts_on_targets_of_small_blocks() -> None:
+    """MoELogits' tile for prompts takes 128 KB on Hopper; other targets give a block 99."""
+    assert "sm_89" in OTHERS
+    table = rows("fp8", "--operator=MoELogits", "--architecture=sm_89")
+    [prompts] = [row for row in table["precisions"]["fp8"] if max(row["profiles"]) > DECODE_TOKENS]
+    assert prompts["tile"]["n"] == 16
+    assert (cannot_start(table), prompts["spills"]) == ([], 0)
+    assert len(cannot_start({**table, "architecture": "sm_75"})) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_every_tile_starts_on_every_target(architecture: str, precision: str) -> None:
+    """Shared memory of all profiles' tiles; those of attention and logits spill nothing."""
+    table = rows(precision, f"--architecture={architecture}")
+    assert cannot_start(table) == []
+    spilled = {row["operator"] for row in table["precisions"][precision] if row["spills"]}
+    assert spilled <= {"Fp8MoEGateUp"}
 
 
 @pytest.mark.full
