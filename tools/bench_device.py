@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from angelforge.errors import AngelForgeError, UsageError
-from angelforge.tools.options import json_option
+from angelforge.tools.options import json_option, require_writable
 from angelforge.tools.output import print_json
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def device(
     from angelforge.precision import Precision
     from angelforge.tools.gpu_needed import require_gpu
 
+    require_writable("--output", output)
     config = _config(source)
     chosen = config if layers is None else config.with_layers(layers)
     sizes = [(batch, context) for batch in _numbers("--batch", batches) for context in _numbers("--context", contexts)]

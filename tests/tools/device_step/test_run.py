@@ -216,6 +216,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["--context", "0"], "--context is '0'"),
         (["--layers", "40"], "40 layers were asked for, but the model has 32"),
         (["nowhere/config.json"], "nowhere/config.json"),
+        (["--output", "nowhere/device.json"], "--output names a file in nowhere"),  # not after the first case
     ],
 )
 def test_wrong_use_is_a_sentence(arguments: list[str], said: str) -> None:
