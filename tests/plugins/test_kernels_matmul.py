@@ -4,12 +4,13 @@ A kernel may differ from its body by the order of sums: at most a few f32 roundi
 step of the output's type.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.bodies import run_body
 from support.interpreter import run_interpreted, to_numpy, to_torch
@@ -90,7 +91,21 @@ SHAPES = {
 }
 
 
+def ragged(**values: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Examples whose last block of channels is not full, in the tiles of decoding and of prompts."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        for channels in (130, 212, 300):
+            for profile in (PROFILES[0], PROFILES[-1]):
+                test = example(tokens=5, channels=channels, depth=140, profile=profile, seed=channels, **values)(test)
+        return test
+
+    return decorate
+
+
 @EXAMPLES
+@ragged(kernel=FP8_LINEAR, dtype=F32_TYPE)
+@ragged(kernel=LINEAR, dtype=BF16_TYPE)
 @given(kernel=st.sampled_from([LINEAR, FP8_LINEAR]), dtype=st.sampled_from([F32_TYPE, BF16_TYPE]), **SHAPES)
 def test_linear_equals_its_body(
     kernel: Kernel, dtype: int, tokens: int, channels: int, depth: int, profile: int, seed: int
@@ -103,6 +118,7 @@ def test_linear_equals_its_body(
 
 
 @EXAMPLES
+@ragged()
 @given(**SHAPES)
 def test_gate_up_equals_its_body(tokens: int, channels: int, depth: int, profile: int, seed: int) -> None:
     """Within what the errors of both sums can change in silu(gate) · up, and one bf16 rounding."""
@@ -114,6 +130,7 @@ def test_gate_up_equals_its_body(tokens: int, channels: int, depth: int, profile
 
 
 @EXAMPLES
+@ragged()
 @given(**SHAPES)
 def test_fp8_gate_up_equals_its_body(tokens: int, channels: int, depth: int, profile: int, seed: int) -> None:
     """Scales to the last bits; a value next to a rounding boundary may fall on either side, others may not move."""

@@ -1,9 +1,11 @@
 """The experts' grouped matmuls: kernels in the interpreter against the function bodies, quantised tensors as inputs."""
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.bodies import run_body
 from support.expert_inputs import BF16, Sizes, assert_close, attributes_of, is_fp8, make_inputs
@@ -46,8 +48,22 @@ def check(kernel: Kernel, sizes: Sizes, ids: np.ndarray, profile: int, seed: int
     assert (found[0][ids < 0].astype(np.float32) == 0).all()
 
 
+def ragged(test: Callable[..., None]) -> Callable[..., None]:
+    """Examples whose last block of channels is not full: one or two blocks of scales in the last tile, both profiles.
+
+    Every expert has tokens, the last one too: behind its scales there is nothing.
+    """
+    for channels in (130, 212, 300):
+        for profile in (DECODE, PREFILL):
+            test = example(
+                tokens=6, experts=3, channels=channels, depth=140, padding=1, profile=profile, seed=channels
+            )(test)
+    return test
+
+
 @each_kernel
 @EXAMPLES
+@ragged
 @given(
     tokens=st.integers(1, 20),
     experts=st.integers(1, 5),

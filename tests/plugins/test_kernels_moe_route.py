@@ -147,6 +147,16 @@ def test_ties_go_to_the_lower_index(routing: tuple[int, dict[str, int | float]],
     np.testing.assert_array_equal(run(ROUTE, inputs, attributes)[0], run_body(ROUTE.operator, inputs, attributes)[0])
 
 
+def test_both_of_two_equal_best_count() -> None:
+    """Groups [1.5, 1.5, 0, 0] and [1.5, 1, 0, 0], in either order: the one with the larger sum is kept."""
+    equal, other = [1.5, 1.5, 0, 0], [1.5, 1, 0, 0]
+    logits = np.array([equal + other, other + equal], np.float32)
+    inputs = [logits, np.zeros(8, np.float32), np.array([2], np.int32)]
+    ids = run(ROUTE, inputs, attributes_of(2, 2, 1, 0))[0]
+    np.testing.assert_array_equal(ids, [[0, 1], [4, 5]])
+    np.testing.assert_array_equal(ids, run_body(ROUTE.operator, inputs, attributes_of(2, 2, 1, 0))[0])
+
+
 def test_the_models_own_router() -> None:
     """256 experts in 8 groups, 8 of 4 groups chosen; groups that are closed lose even to negative scores."""
     attributes = attributes_of(8, 8, 4, 1)

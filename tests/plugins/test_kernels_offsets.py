@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from support.attention import attend
-from support.interpreter import exact_interpreter, run_interpreted, to_numpy, to_torch
+from support.interpreter import exact_interpreter, one_program, run_interpreted, to_numpy, to_torch
 from support.routing import expert_tokens
-from triton.runtime import interpreter
 
 from angelforge.plugins.attention_merge.kernel import KERNEL as MERGE
 from angelforge.plugins.attention_merge_quantize.kernel import KERNEL as MERGE_QUANTIZE
@@ -38,30 +37,36 @@ def sparse(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def test_the_last_pages_of_a_large_pool_are_written_and_read() -> None:
+@pytest.mark.parametrize("page_size", [64, 24, 16])  # a tile of keys in a page, across pages, over several
+def test_the_last_pages_of_a_large_pool_are_written_and_read(page_size: int) -> None:
     """Keys and values of two tokens go where their slots say, and attention finds them there."""
-    pages = LIMIT // (2 * PAGE * DIM) + 4
-    pool = sparse(torch.bfloat16, pages, 2, 1, PAGE, DIM)
+    pages = LIMIT // (2 * page_size * DIM) + 4
+    pool = sparse(torch.bfloat16, pages, 2, 1, page_size, DIM)
     rng = np.random.default_rng(0)
     qkv = to_torch(rng.standard_normal((2, 3 * DIM)).astype(ml_dtypes.bfloat16))
-    slots = torch.tensor([(pages - 1) * PAGE + 63, (pages - 2) * PAGE], dtype=torch.int32)
+    slots = torch.tensor([pages * page_size - 1, (pages - 2) * page_size], dtype=torch.int32)
     tables = [torch.ones(16, 32), torch.zeros(16, 32), torch.zeros(2, dtype=torch.int32)]  # no rotation
     step = [*tables, slots, torch.tensor([2], dtype=torch.int32), pool]
     attributes = {"num_heads": 1, "num_kv_heads": 1, "rotary_dim": 64}
     run_interpreted(QKV_ROTATE, [qkv, *step], attributes, profile_tokens=8)
-    for row, (page, offset) in enumerate([(pages - 1, 63), (pages - 2, 0)]):
+    for row, (page, offset) in enumerate([(pages - 1, page_size - 1), (pages - 2, 0)]):
         assert torch.equal(pool[page, 0, 0, offset], qkv[row, DIM : 2 * DIM])
         assert torch.equal(pool[page, 1, 0, offset], qkv[row, 2 * DIM :])
     assert not pool[0].any()
 
-    pool[pages - 2 :] = to_torch(rng.standard_normal((2, 2, 1, PAGE, DIM)).astype(ml_dtypes.bfloat16))
+    pool[pages - 2 :] = to_torch(rng.standard_normal((2, 2, 1, page_size, DIM)).astype(ml_dtypes.bfloat16))
     query = to_torch(rng.standard_normal((1, 1, DIM)).astype(ml_dtypes.bfloat16))
-    numbers = [[[pages - 2, pages - 1]], [0, 1], [2 * PAGE], [2 * PAGE - 1]]  # table, starts, lengths, positions
+    numbers = [
+        [[pages - 2, pages - 1]],
+        [0, 1],
+        [2 * page_size],
+        [2 * page_size - 1],
+    ]  # table, starts, lengths, positions
     inputs = [query, pool, *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
     attributes = {"scale": DIM**-0.5, "split_length": 256, "split_queries": 1}
     _, partial, _, start = run_interpreted(ATTENTION, inputs, attributes, gpu=ONE_SM, profile_tokens=8)
     keys, values = to_numpy(pool[pages - 2 :]).astype(np.float32).transpose(1, 2, 0, 3, 4).reshape(2, 1, -1, DIM)
-    expected = attend(to_numpy(query).astype(np.float32), keys, values, np.ones((1, 2 * PAGE), bool), DIM**-0.5)
+    expected = attend(to_numpy(query).astype(np.float32), keys, values, np.ones((1, 2 * page_size), bool), DIM**-0.5)
     np.testing.assert_allclose(to_numpy(partial[int(start[0])]), expected[0], atol=0.01)
 
 
@@ -89,7 +94,7 @@ def test_prepared_keys_are_written_behind_two_to_the_31() -> None:
     torch.testing.assert_close(key.square().mean(), torch.tensor(1.0), rtol=0.01, atol=0)
 
 
-def test_parts_are_written_behind_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_written_behind_two_to_the_31() -> None:
     """A long sequence takes the rows of `partial` up to there; one of many programs computes the next one's piece."""
     heads, split, queries, pages = 32, 32, 8, 2**15 + 2
     rows = LIMIT // (heads * DIM)  # 8 tokens of the first sequence, over 2²¹ keys
@@ -106,10 +111,7 @@ def test_parts_are_written_behind_two_to_the_31(monkeypatch: pytest.MonkeyPatch)
     partial, lse = (sparse(torch.float32, *shape) for shape in binding.output_shapes[1:3])
     outputs = [torch.zeros_like(query), partial, lse, torch.zeros(2, dtype=torch.int32)]
     pieces = queries * heads // 32 * (rows // queries) + 1
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(builder, "set_grid_dim", lambda self, *_: setattr(self, "grid_dim", (pieces, 1, 1)))
-    monkeypatch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (pieces - 1, 0, 0)))
-    with exact_interpreter(inputs, outputs):
+    with one_program(pieces - 1, pieces), exact_interpreter(inputs, outputs):
         launch(ATTENTION, inputs, outputs, binding, ONE_SM, Tile(m=16, n=32, k=32, stages=3))
     key, value = to_numpy(pool[1]).astype(np.float32)[:, :, :split]
     expected = attend(to_numpy(query[-1:]).astype(np.float32), key, value, np.ones((1, split), bool), DIM**-0.5)

@@ -25,6 +25,8 @@ TESTS = Path(__file__).resolve().parents[1]
 H20 = Gpu("sm_90", 78)
 STATIC_SHARED = 48 * 1024  # bytes; whether TensorRT asks for more is not known
 PROFILES = (8, 64, 256, 8192)  # most tokens; the last one is for prompts
+NORM_DIVISIONS = 2  # of the mean and of the inverse root
+INEXACT_DIVISIONS = {"NormQuantize": 0, "AddNormQuantize": 0, "AttentionMergeQuantize": 1}  # by the parts' weight
 ONNX_NAMES = {"FLOAT": "FLOAT", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN", "INT32": "INT32", "INT64": "INT64"}
 
 
@@ -112,6 +114,22 @@ def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> N
         assert int(head[2]) == row["steps"][0]["launch"]["block_x"]
         assert ".debug_" not in row["ptx"]
         assert "/" not in row["ptx"].replace("//", ""), "a path of this machine"
+
+
+def test_no_result_depends_on_the_order_of_threads(driven: list[dict[str, Any]]) -> None:
+    """No kernel of any precision and profile adds by atomics: same input, same bits."""
+    assert [row["operator"] for row in driven if re.search(r"\b(atom|red)\.", row["ptx"])] == []
+
+
+def test_quantised_rows_are_divided_exactly(driven: list[dict[str, Any]]) -> None:
+    """IEEE division of every value and scale, besides the norm's own two."""
+    for row in driven:
+        if row["operator"] in INEXACT_DIVISIONS:
+            inexact = re.findall(r"\bdiv\.(?:full|approx)", row["ptx"])
+            assert len(inexact) == INEXACT_DIVISIONS[row["operator"]], row["operator"]
+        if row["operator"] in ("NormQuantize", "AddNormQuantize"):
+            values = row["steps"][0]["inputs"][0][-1] // row["steps"][0]["launch"]["block_x"]  # of a thread
+            assert row["ptx"].count("div.rn.f32") >= values + 1 + NORM_DIVISIONS, row["operator"]
 
 
 @cache

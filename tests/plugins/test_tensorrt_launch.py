@@ -10,10 +10,11 @@ import pytest
 from support.tensorrt import rtx
 
 from angelforge.errors import AngelForgeError
+from angelforge.plugins import compile as compiling
 from angelforge.plugins.compile import Compiled
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
-from angelforge.plugins.tensorrt import adapter, driver
+from angelforge.plugins.tensorrt import adapter, driver, launches
 from angelforge.plugins.tensorrt.launches import Launch, tile_step
 from angelforge.plugins.tensorrt.types import to_tensorrt
 
@@ -133,6 +134,29 @@ def test_a_plugin_launches_on_tensorrts_memory_and_stream(cuda: Driver, monkeypa
         [100, 200, 300, 400, 500]
     ] * 2
     assert {launch["stream"] for launch in cuda.launches} == {42}
+    plugin.enqueue([desc(5, 8), desc(5, 8), desc(8)], [desc(5, 8), desc(5, 8)], [100, 200, 300], [400, 500], 0, 42)
+    assert [arguments[1] for arguments in planned[1:]] == [((5, 8), (5, 8), (8,))]
+
+
+def test_kernels_of_other_gpus_and_types_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear of equal sizes for two architectures, and with f32 and bf16 results; what is alike is compiled once."""
+    compiled: list[tuple[str, ir.DataType]] = []
+
+    def write_down(kernel: Any, binding: Any, tile: Any, architecture: str) -> Compiled:
+        compiled.append((architecture, binding.types["y"]))
+        return Compiled(f"linear{len(compiled)}", "", b"", tile.warps, 0, 0)
+
+    monkeypatch.setattr(compiling, "compile_kernel", write_down)
+    launches._compile.cache_clear()
+    wanted = [(arch, kind) for arch in ("sm_90", "sm_100") for kind in (ir.DataType.FLOAT, ir.DataType.BFLOAT16)]
+    shapes, types = [(4, 256), (512, 256)], [ir.DataType.BFLOAT16] * 2
+    names = [
+        launches.plan_launch(OPERATORS["Linear"], shapes, types, {"dtype": int(kind)}, 8, Gpu(arch, 78)).compiled.entry
+        for arch, kind in [*wanted, *wanted]
+    ]
+    launches._compile.cache_clear()
+    assert compiled == wanted
+    assert names == [f"linear{i}" for i in (1, 2, 3, 4)] * 2
 
 
 @pytest.mark.parametrize(("tokens", "step"), [(1, 8), (8, 8), (9, 64), (64, 64), (256, 256), (257, 257), (8192, 8192)])

@@ -53,6 +53,24 @@ def _check_unread(pointers: Any, mask: np.ndarray, regions: Sequence[tuple[int, 
 
 
 @contextmanager
+def one_program(index: int, count: int) -> Iterator[None]:
+    """Within it, each launch runs program `index` of a grid of `count`, as often as the launch has programs."""
+    builder = interpreter.InterpreterBuilder
+
+    def set_grid_dim(self: Any, *_: int) -> None:
+        self.grid_dim = (count, 1, 1)
+
+    def set_grid_idx(self: Any, *_: int) -> None:
+        self.grid_idx = (index, 0, 0)
+
+    with (
+        mock.patch.object(builder, "set_grid_dim", set_grid_dim),
+        mock.patch.object(builder, "set_grid_idx", set_grid_idx),
+    ):
+        yield
+
+
+@contextmanager
 def exact_interpreter(
     readable: Sequence[torch.Tensor],
     writable: Sequence[torch.Tensor],

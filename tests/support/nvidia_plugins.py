@@ -110,7 +110,7 @@ def tensor(dims: list[Any], most: list[int], dtype: Any) -> Any:
     inner.type, inner.format = dtype, trt.TensorFormat.LINEAR
     desc.desc = inner
     desc.min = [size if isinstance(size, int) else 1 for size in dims]
-    desc.opt = desc.max = most
+    desc.opt, desc.max = desc.min, most  # only the greatest sizes may decide
     return desc
 
 
