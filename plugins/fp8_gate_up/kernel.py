@@ -68,6 +68,11 @@ def _tile(dims: Mapping[str, Any], tokens: int) -> Tile:
     return Tile(m=64, n=GROUP, k=64, stages=4) if tokens <= 256 else Tile(m=128, n=GROUP, warps=8)
 
 
+def _small_tile(dims: Mapping[str, Any], tokens: int) -> Tile:
+    # 64 rows of 4 warps spill without Hopper's wgmma.
+    return _tile(dims, min(tokens, 64) if tokens <= 256 else tokens)
+
+
 KERNEL = Kernel(
     operator=FP8_GATE_UP,
     function=_fp8_gate_up,
@@ -75,4 +80,5 @@ KERNEL = Kernel(
     constants=_constants,
     grid=lambda dims, gpu, tile: tile_grid(dims["T"], dims["F"], tile),
     tile=_tile,
+    small_tile=_small_tile,
 )

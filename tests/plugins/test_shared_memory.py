@@ -19,6 +19,7 @@ from angelforge.plugins import compile as compiling
 from angelforge.plugins.compile import Compiled
 
 LOGITS = OPERATORS["MoELogits"]
+HOPPER, ADA = Gpu("sm_90", 132), Gpu("sm_89", 128)
 
 
 @pytest.mark.parametrize(("architecture", "most"), [("sm_90", 232_448), ("sm_89", 101_376), ("sm_120", 101_376)])
@@ -42,9 +43,16 @@ def test_more_than_a_blocks_share_is_refused(monkeypatch: pytest.MonkeyPatch, ar
 
 @pytest.mark.parametrize("name", ["MoELogits", "PagedAttention"])
 def test_gpus_of_small_blocks_have_their_own_tiles_for_prompts(name: str) -> None:
-    """Hopper's and the table's stay as they are; steps that decode have one tile on all."""
+    """Hopper's stay as they are; steps that decode have one tile on all."""
     kernel = find_kernel(OPERATORS[name])
-    hopper, ada = Gpu("sm_90", 132), Gpu("sm_89", 128)
-    assert tile_for(kernel, {}, hopper, 8192) == kernel.tile({}, 8192) != tile_for(kernel, {}, ada, 8192)
+    assert tile_for(kernel, {}, HOPPER, 8192) == kernel.tile({}, 8192) != tile_for(kernel, {}, ADA, 8192)
     for tokens in (8, 64, 256):
-        assert tile_for(kernel, {}, hopper, tokens) == tile_for(kernel, {}, ada, tokens)
+        assert tile_for(kernel, {}, HOPPER, tokens) == tile_for(kernel, {}, ADA, tokens)
+
+
+def test_drafts_are_verified_in_fewer_rows_without_wgmma() -> None:
+    """Fp8GateUp's 64 rows would spill: the tile of 32 serves up to 256 tokens; all others are Hopper's."""
+    kernel = find_kernel(OPERATORS["Fp8GateUp"])
+    assert tile_for(kernel, {}, ADA, 256) == tile_for(kernel, {}, HOPPER, 64)
+    for tokens in (8, 64, 8192):
+        assert tile_for(kernel, {}, HOPPER, tokens) == tile_for(kernel, {}, ADA, tokens)

@@ -152,11 +152,13 @@ def test_the_largest_tile_starts_on_targets_of_small_blocks() -> None:
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_every_tile_starts_on_every_target(architecture: str, precision: str) -> None:
-    """Shared memory of all profiles' tiles; those of attention and logits spill nothing."""
-    table = rows(precision, f"--architecture={architecture}")
+    """Shared memory of all profiles' tiles. Nothing spills, but gate and up, side by side, a few values."""
+    only = [] if precision == "fp8" else [f"--operator={name}" for name in sorted(BF16_ONLY)]
+    table = rows(precision, f"--architecture={architecture}", *only)
     assert cannot_start(table) == []
-    spilled = {row["operator"] for row in table["precisions"][precision] if row["spills"]}
-    assert spilled <= {"Fp8MoEGateUp"}
+    few = dict.fromkeys(("GateUp", "Fp8GateUp", "Fp8MoEGateUp"), 8)
+    found = table["precisions"][precision]
+    assert [row for row in found if row["spills"] > few.get(row["operator"], 0)] == []
 
 
 @pytest.mark.full
