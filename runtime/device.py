@@ -171,9 +171,14 @@ def explained_gpu() -> Iterator[None]:
     """Turns torch's errors of the block into an AngelForgeError; those of earlier work come up where it is awaited."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise AngelForgeError(
+            f"The GPU has no memory left for a step: {_first_sentence(error)}. End other programs that use it, or take "
+            "less for the KV cache (--kv-memory-gb)."
+        ) from error
     except RuntimeError as error:
         raise AngelForgeError(
-            f"The GPU failed in a step: {str(error).splitlines()[0]}. Start again; if it happens again, please report "
+            f"The GPU failed in a step: {_first_line(error)}. Start again; if it happens again, please report "
             "this with the output of angelforge doctor --deep."
         ) from error
 
@@ -182,3 +187,12 @@ def to_host(tensor: torch.Tensor) -> Any:
     """A tensor's values as a NumPy array, after all work before it; raises AngelForgeError where that work failed."""
     with explained_gpu():
         return tensor.cpu().numpy()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Torch goes on with figures of its allocator."""
+    return _first_line(error).split(". ")[0]

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from angelforge.runtime.batch import Int64
+from angelforge.runtime.device import explained_gpu
 from angelforge.runtime.device_adjusting import Place, Standing
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_largest import RowRules, ids_of
 from angelforge.runtime.device_logprobs import told
-from angelforge.runtime.device_round import Options, Round, Scored
+from angelforge.runtime.device_round import Round, Scored
 from angelforge.runtime.device_transfer import Packed
 from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
 from angelforge.runtime.sampling import SamplingParams
@@ -34,8 +35,10 @@ class DeviceSampler:
     """
 
     def __init__(self, device: torch.device) -> None:
+        """Raises AngelForgeError where the device fails in this or earlier work."""
         self.device = device
-        self.histories = DeviceHistories(device)
+        with explained_gpu():
+            self.histories = DeviceHistories(device)
         self._packed: Packed | None = None  # of the last round, as the next two
         self._params: list[SamplingParams] = []
         self._rules: tuple[int, RowRules] | None = None  # and what they are as arrays
@@ -45,17 +48,17 @@ class DeviceSampler:
         self,
         logits: torch.Tensor,
         draws: Sequence[Place],
-        judged: Sequence[Place] = (),
         scored: Sequence[Scored] = (),
     ) -> Answer:
-        """What places give in rows of `logits` f32 [R, vocab]: tokens, options, and logprobs where they ask for any.
+        """What places give in rows of `logits` f32 [R, vocab]: tokens, and logprobs where they ask for any.
 
         Raises AngelForgeError where the device fails in this or earlier work.
         """
-        round_ = Round(logits.shape, draws, judged, scored)
-        packed = self.prepare(round_)
-        found = round_.compute(logits, packed, self.histories).fetch()
-        return Answer(round_, found, logits, *round_.settle(found, logits))
+        round_ = Round(logits.shape, draws, scored)
+        with explained_gpu():  # a launch too tells of a lack of memory, or of what failed before it
+            packed = self.prepare(round_)
+            found = round_.compute(logits, packed, self.histories).fetch()
+            return Answer(round_, found, logits, round_.settle(found))
 
     def prepare(self, round_: Round) -> Packed:
         """Sends what the device has to know for a round."""
@@ -87,11 +90,8 @@ class DeviceSampler:
 class Answer:
     """What the places of a round gave."""
 
-    def __init__(
-        self, round_: Round, found: dict[str, Any], logits: torch.Tensor, tokens: Int64, options: list[Options]
-    ) -> None:
+    def __init__(self, round_: Round, found: dict[str, Any], logits: torch.Tensor, tokens: Int64) -> None:
         self.tokens = tokens  # int64 [draws]; −1 where nothing can come: the row has no finite largest logit
-        self.options = options  # of the judged
         self._round, self._found, self._logits = round_, found, logits
         self._numbers = dict(zip(round_.measured, range(len(round_.measured)), strict=True))
 
@@ -116,9 +116,5 @@ class Answer:
         return float(self._found["few"][number, places[0]]) if places.shape[0] else None
 
     def _by_itself(self, row: int, token: int, count: int) -> TokenLogprob:
-        """Of a row that came to the host, or that needed a second round."""
-        round_ = self._round
-        for k, i in enumerate(round_.judged_whole):
-            if round_.judged[i].row == row:
-                return row_logprobs(self._found["whole"][k : k + 1], [token], count)[0]
+        """Of a row that needed a second round."""
         return row_logprobs(self._logits[row : row + 1], [token], count)[0]

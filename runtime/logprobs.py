@@ -25,13 +25,15 @@ class TokenLogprob:
 def row_logprobs(logits: Any, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
     """Of `tokens` [n] by rows of logits [n, vocab], a NumPy array or a torch tensor, with the `count` likeliest.
 
-    Raises AngelForgeError where a row's logits are not finite numbers.
+    Raises AngelForgeError where a row's logits are not finite numbers, or where their device fails.
     """
     if isinstance(logits, np.ndarray):
         return [_from_array(logits[row], token, count) for row, token in enumerate(tokens)]
-    from angelforge.runtime.device_logprobs import device_logprobs  # needs torch
+    from angelforge.runtime.device import explained_gpu  # they need torch
+    from angelforge.runtime.device_logprobs import device_logprobs
 
-    return device_logprobs(logits, tokens, count) if tokens else []
+    with explained_gpu():
+        return device_logprobs(logits, tokens, count) if tokens else []
 
 
 def _from_array(logits: Float32, token: int, count: int) -> TokenLogprob:

@@ -14,7 +14,7 @@ from angelforge.engines.tensorrt_loading import TensorrtEngine as OpenedEngine
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.runtime.batch import Batch
-from angelforge.runtime.device import Device
+from angelforge.runtime.device import Device, explained_gpu
 from angelforge.runtime.device_weights import DeviceWeights, Progress, load_weights
 from angelforge.runtime.tensorrt_buckets import Buckets
 from angelforge.runtime.tensorrt_buffers import (
@@ -145,7 +145,7 @@ class TensorRTEngine:
 
         Nothing is waited for: what torch's current stream gets after this sees the result. More rows than the engine
         was built for are computed in several runs, which write the same keys and values again. Raises AngelForgeError
-        for a step larger than the engine was built for, or one that TensorRT refuses.
+        for a step larger than the engine was built for, one that TensorRT refuses, or a device that fails.
         """
         rows, most = batch.logit_indices, self.max_rows
         if rows.shape[0] <= most:
@@ -155,7 +155,8 @@ class TensorRTEngine:
         for begin in range(0, rows.shape[0], most):
             part = rows[begin : begin + most]
             self._runner.run(dataclasses.replace(batch, logit_indices=part))
-            found[begin : begin + part.shape[0]] = self._logits.tensor[: part.shape[0]]
+            with explained_gpu():
+                found[begin : begin + part.shape[0]] = self._logits.tensor[: part.shape[0]]
         return found
 
     def close(self) -> None:

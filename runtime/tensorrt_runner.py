@@ -11,7 +11,7 @@ import numpy as np
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Batch, Int64
-from angelforge.runtime.device import Device
+from angelforge.runtime.device import Device, explained_gpu
 from angelforge.runtime.packing import Padding
 from angelforge.runtime.tensorrt_bindings import check_addresses
 from angelforge.runtime.tensorrt_buckets import Bucket, Buckets
@@ -76,9 +76,10 @@ class Runner:
         """Puts a step on the stream, after what torch's current stream holds and before what will come there.
 
         Raises:
-            AngelForgeError: the step is larger than the engine's profiles, or TensorRT refuses it.
+            AngelForgeError: the step is larger than the engine's profiles, TensorRT refuses it, or the device fails in
+                this or earlier work.
         """
-        with self._device.bound():
+        with self._device.bound(), explained_gpu():
             self._run(batch, rows)
 
     def _run(self, batch: Batch, rows: Int64 | None) -> None:

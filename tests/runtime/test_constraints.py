@@ -4,6 +4,7 @@ from collections import deque
 
 import numpy as np
 import pytest
+import support.serving
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, perfect
 
@@ -37,8 +38,7 @@ def run(llm, constraints, params):
     outbox, outputs = deque(), {}
     for index, constraint in enumerate(constraints):
         llm.stepper.add(llm.make_request([3, 4], params, outbox, index=index, constraint=constraint))
-    while llm.stepper.step():
-        pass
+    support.serving.run(llm.stepper)
     for delta in outbox:
         if delta.output is not None:
             outputs[delta.index] = delta.output

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from support.built import relative_error
+from support.http_server import wait_until
 from support.rank_program import compute
 from support.ranks import finish_ranks, start_ranks
 
@@ -88,9 +89,7 @@ def test_a_killed_rank_ends_the_group_and_is_named(bundle: Bundle, tmp_path: Pat
     """Within ten seconds: requests in flight get an error, rank 0 ends by itself. Started again, two ranks work."""
     ready = tmp_path / "ready"
     processes = start_ranks(2, ["hold", bundle.folder, ready])
-    deadline = time.monotonic() + SECONDS
-    while not ready.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(ready.exists, SECONDS)
     time.sleep(0.5)  # into the first steps
     killed = time.time()
     os.kill(processes[1].pid, signal.SIGKILL)
@@ -114,8 +113,7 @@ def test_who_is_named(bundle: Bundle, ranks: int, victim: int, blow: int, told: 
     """The one that died, not those that ended because of it; and one that hangs, which is killed."""
     ready = tmp_path / "ready"
     processes = start_ranks(ranks, ["hold", bundle.folder, ready])
-    while not ready.exists():
-        time.sleep(0.05)
+    wait_until(ready.exists, SECONDS)
     time.sleep(0.5)
     struck = time.time()
     os.kill(processes[victim].pid, blow)
@@ -131,8 +129,7 @@ def test_the_first_rank_is_missed_too(bundle: Bundle, tmp_path: Path) -> None:
     """Without it nobody is left to tell but the second, which does, and ends."""
     ready = tmp_path / "ready"
     processes = start_ranks(2, ["hold", bundle.folder, ready])
-    while not ready.exists():
-        time.sleep(0.05)
+    wait_until(ready.exists, SECONDS)
     os.kill(processes[0].pid, signal.SIGKILL)
     _, (code, _, errors) = finish_ranks(processes, SECONDS)
     assert code == 1

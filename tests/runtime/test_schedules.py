@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import support.serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paged_engine import PagedEngine
@@ -67,8 +68,7 @@ def test_outputs_do_not_depend_on_what_else_runs_in_thousands_of_schedules(limit
 def run(stepper, *requests):
     for request in requests:
         stepper.add(request)
-    while stepper.step():
-        pass
+    support.serving.run(stepper)
 
 
 def ids(*tokens, count=3, **more):

@@ -171,7 +171,10 @@ class Scratch:
 def test_caches_are_those_of_plain_decoding_after_every_round(bundle: Bundle) -> None:
     """In both pools, at every position that counts; what was rejected has left no trace there."""
     watched, scratch = Watched(bundle, [*calls(2, 7), noise(1, 8)[0], [5]], 4), Scratch(bundle)
+    steps = 0
     while watched.stepper.step():
+        steps += 1
+        assert steps < 1000  # a schedule that never comes to its end fails
         for request in watched.requests:
             if request.finished or request.lease is None or request.computed == 0:
                 continue

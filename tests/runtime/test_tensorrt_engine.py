@@ -350,6 +350,20 @@ def test_what_tensorrt_says_is_told(bundle: Bundle) -> None:
     engine.close()
 
 
+def test_a_launch_that_fails_is_told(bundle: Bundle) -> None:
+    """With the words of the earlier work that it tells of."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA.")
+
+    engine = load(bundle)
+    engine._runner._replays = dict.fromkeys(engine._runner._replays, lost)
+    with pytest.raises(AngelForgeError, match="The GPU failed in a step: CUDA error: an illegal memory access was enc"):
+        for batch in steps(engine.config.vocab_size):
+            engine.forward(batch)
+    engine.close()
+
+
 def test_an_engine_that_cannot_be_loaded_is_told(bundle: Bundle) -> None:
     what = opened(bundle, "target")
     library = tensorrt_on_cpu.make_library(what.profiles)

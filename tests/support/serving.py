@@ -15,6 +15,7 @@ from angelforge.runtime.stepper import Stepper
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 
+MOST_STEPS = 2000  # more than any schedule of a test needs
 CONTEXT, VOCAB, EOS = 40, 23, frozenset({1})
 MODEL = PagedEngine(max_context=CONTEXT, vocab_size=VOCAB)  # weights for the dense reference; its pool stays unused
 DRAFTS = {"perfect": perfect, "wrong": wrong, "noisy": noisy}
@@ -70,6 +71,11 @@ class Walk:
         self.last = token
 
 
+def run(stepper, most=MOST_STEPS):
+    """Steps until there is nothing to do; a schedule that never comes to its end fails."""
+    assert any(not stepper.step() for _ in range(most))
+
+
 def new_request(index, prompt, params, constrained=False):
     length = min(len(prompt) + params.max_tokens, CONTEXT + 1)
     ends = frozenset() if params.ignore_eos else EOS
@@ -101,6 +107,7 @@ class Serving:
         self.scheduler = self.stepper.scheduler
         self.pool = self.scheduler.pool
         self.requests = []
+        self.steps = 0
         self.other = []  # leases of scores
         self._published = {}
 
@@ -111,9 +118,17 @@ class Serving:
         return request
 
     def step(self):
+        """One step; False if there was nothing to do. A schedule that never comes to its end fails."""
+        self.steps += 1
+        assert self.steps < MOST_STEPS
         worked = self.stepper.step()
         self.check()
         return worked
+
+    def run(self):
+        """Steps until there is nothing to do."""
+        while self.step():
+            pass
 
     @property
     def lines(self):
