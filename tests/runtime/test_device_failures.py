@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.device import explained_gpu
-from angelforge.runtime.device_candidates import candidates_on_device
+from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.logprobs import row_logprobs
 from angelforge.runtime.sampling import SamplingParams
@@ -77,12 +77,12 @@ def test_whichever_call_fails(depth):
 
 
 def test_what_is_asked_by_itself():
-    """Rows for a prompt's logprobs, and a draft's candidates."""
+    """Logprobs of a row, and what a sampler begins with."""
     logits = torch.zeros(2, 50)
     with Failing(1), pytest.raises(AngelForgeError, match="no memory left"):
         row_logprobs(logits, [1, 2], 3)
     with Failing(1, RuntimeError), pytest.raises(AngelForgeError, match="The GPU failed in a step: CUDA out of memory"):
-        candidates_on_device(logits, [])
+        DeviceSampler(logits.device)
 
 
 def test_errors_without_a_word():
