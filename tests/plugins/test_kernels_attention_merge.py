@@ -162,6 +162,14 @@ def test_random_integers_are_safe(kernel: Kernel) -> None:
             assert np.isfinite(result.astype(np.float32)).all()
 
 
+def test_the_parts_of_the_longest_context_are_joined() -> None:
+    """More than the 512 that 131,072 keys have, all with weight, beside a short sequence."""
+    inputs = parts([(1, SPLIT * 520, True), (2, 30, True)], 1, 1, 128, 1)
+    inputs[2] /= 6  # of like weight: none may be left out
+    (found,) = _run(MERGE, inputs, Tile(m=1, n=128, k=4, stages=16))
+    np.testing.assert_allclose(found, merged(inputs), rtol=3e-6, atol=2e-6)
+
+
 def test_long_sequences_join_in_order() -> None:
     """Hundreds of parts, most of them without weight: no overflow and no loss."""
     inputs = parts([(1, 8 * 150, True)], 0, 1, 128, 1)

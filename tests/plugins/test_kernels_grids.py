@@ -13,20 +13,8 @@ from angelforge.plugins.paged_attention.kernel import KERNEL as ATTENTION
 
 SMS = 78
 PERSISTENT = [GATE_UP, DOWN, FP8_GATE_UP, FP8_DOWN, ATTENTION]
-SIZES = {
-    "E": 257,
-    "I": 1024,
-    "H": 4096,
-    "IG": 8,
-    "HG": 32,
-    "k": 9,
-    "Hq": 32,
-    "Hkv": 4,
-    "D": 128,
-    "page_size": 64,
-    "pages": 4000,
-    "P": 512,
-}
+WEIGHTS = {"E": 257, "I": 1024, "H": 4096, "IG": 8, "HG": 32, "k": 9, "Hq": 32, "Hkv": 4, "D": 128}
+POOL = {"page_size": 64, "pages": 4000, "P": 512}
 ATTRIBUTES = {"dtype": 16, "scale": 0.088, "split_length": 256, "split_queries": 8}
 TYPES = {"A": ir.DataType.BFLOAT16, "W": ir.DataType.BFLOAT16}
 
@@ -34,7 +22,7 @@ TYPES = {"A": ir.DataType.BFLOAT16, "W": ir.DataType.BFLOAT16}
 def dims_of(kernel: Kernel, tokens: int) -> dict[str, int]:
     """The full model's sizes in a step of so many tokens, one sequence each."""
     operator = kernel.operator
-    sizes = {**SIZES, "T": tokens, "B": tokens, "B1": tokens + 1, "words": -(-tokens // 128) * 4}
+    sizes = {**WEIGHTS, **POOL, "T": tokens, "B": tokens, "B1": tokens + 1, "words": -(-tokens // 128) * 4}
     shapes = [[size if isinstance(size, int) else sizes[size] for size in port.shape] for port in operator.inputs]
     types = [TYPES.get(port.type) or ir.DataType[port.type] for port in operator.inputs]
     attributes = {attribute.name: ATTRIBUTES[attribute.name] for attribute in operator.attributes}

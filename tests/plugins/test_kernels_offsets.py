@@ -56,17 +56,13 @@ def test_the_last_pages_of_a_large_pool_are_written_and_read(page_size: int) -> 
 
     pool[pages - 2 :] = to_torch(rng.standard_normal((2, 2, 1, page_size, DIM)).astype(ml_dtypes.bfloat16))
     query = to_torch(rng.standard_normal((1, 1, DIM)).astype(ml_dtypes.bfloat16))
-    numbers = [
-        [[pages - 2, pages - 1]],
-        [0, 1],
-        [2 * page_size],
-        [2 * page_size - 1],
-    ]  # table, starts, lengths, positions
+    length = 2 * page_size
+    numbers = [[[pages - 2, pages - 1]], [0, 1], [length], [length - 1]]  # table, starts, lengths, positions
     inputs = [query, pool, *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
     attributes = {"scale": DIM**-0.5, "split_length": 256, "split_queries": 1}
     _, partial, _, start = run_interpreted(ATTENTION, inputs, attributes, gpu=ONE_SM, profile_tokens=8)
     keys, values = to_numpy(pool[pages - 2 :]).astype(np.float32).transpose(1, 2, 0, 3, 4).reshape(2, 1, -1, DIM)
-    expected = attend(to_numpy(query).astype(np.float32), keys, values, np.ones((1, 2 * page_size), bool), DIM**-0.5)
+    expected = attend(to_numpy(query).astype(np.float32), keys, values, np.ones((1, length), bool), DIM**-0.5)
     np.testing.assert_allclose(to_numpy(partial[int(start[0])]), expected[0], atol=0.01)
 
 

@@ -126,7 +126,7 @@ def test_quantised_rows_are_divided_exactly(driven: list[dict[str, Any]]) -> Non
     for row in driven:
         if row["operator"] in INEXACT_DIVISIONS:
             inexact = re.findall(r"\bdiv\.(?:full|approx)", row["ptx"])
-            assert len(inexact) == INEXACT_DIVISIONS[row["operator"]], row["operator"]
+            assert len(inexact) <= INEXACT_DIVISIONS[row["operator"]], row["operator"]
         if row["operator"] in ("NormQuantize", "AddNormQuantize"):
             values = row["steps"][0]["inputs"][0][-1] // row["steps"][0]["launch"]["block_x"]  # of a thread
             assert row["ptx"].count("div.rn.f32") >= values + 1 + NORM_DIVISIONS, row["operator"]
