@@ -36,7 +36,9 @@ SHAPE = "AntAngelMed"
 )
 @click.option("--kernels-only", is_flag=True, help="Not through TensorRT, too, where it is installed.")
 @click.option("--by-operator", is_flag=True, help="Time every operator by itself, too.")
-@click.option("--seed", default=1, show_default=True, help="Of weights, cache and tokens.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True, help="Of weights, cache and tokens."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write all figures to this file as JSON.")
 @json_option
 def device(

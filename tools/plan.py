@@ -25,8 +25,8 @@ from angelforge.tools.plan_report import print_comparison, print_model, print_pl
 
 
 def _ranks(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    words = value.split(",")
-    if not all(word.strip().isdigit() for word in words):
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         raise UsageError(f"--tensor-parallel is {value!r}, but numbers of devices are needed, such as 2 or 1,2,4,8.")
     return [int(word) for word in words]
 

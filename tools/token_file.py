@@ -21,4 +21,7 @@ def read_token_lists(path: Path) -> list[list[int]]:
     for ids in lists:
         if not isinstance(ids, list) or not all(type(item) is int for item in ids):  # type(): true is an int, too
             raise UsageError(f"{path} holds something else than a list of token ids, or a list of such lists.")
+        wrong = next((item for item in ids if not -(2**63) <= item < 2**63), None)
+        if wrong is not None:
+            raise UsageError(f"{path} holds the number {wrong}, which is no token id; those have 64 bits at most.")
     return lists

@@ -34,7 +34,9 @@ from angelforge.tools.validate_options import (
 @click.option("--length", type=click.IntRange(1), help="About the length of random ones. [default: 96]")
 @click.option("--chunk", type=click.IntRange(1), default=40, show_default=True, help="Most tokens of one packed call.")
 @click.option("--padding", type=click.IntRange(0), default=3, show_default=True, help="Padding rows of each call.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random tokens and the order of pages.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random tokens and the order of pages."
+)
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page with plots, too.")
 @json_option
 def validate(
@@ -159,6 +161,6 @@ def _layers(text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
         raise UsageError(f"--layers is {text!r}, but numbers are needed, such as 0,1,31.")
     return list(dict.fromkeys(map(int, parts)))

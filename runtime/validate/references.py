@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -70,19 +71,24 @@ def _of_vocabulary(compute: Compute, name: str, bundle: Bundle) -> Compute:
     return checked
 
 
-class _UserErrors:
-    """Turns whatever code of the user's raises into AngelForgeErrors that name it."""
+class _UserCode:
+    """Around code of the user's: whatever it raises becomes an AngelForgeError that names it, sys.exit included.
+
+    What it prints goes to standard error: standard output is the report's.
+    """
 
     def __init__(self, what: str) -> None:
         self.what = what
+        self._printed = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> None:
-        return None
+        self._printed.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, AngelForgeError):
+        self._printed.__exit__(kind, error, trace)
+        if error is not None and not isinstance(error, AngelForgeError | KeyboardInterrupt):
             raise AngelForgeError(f"{self.what} raised {type(error).__name__}: {error}.") from error
 
 
@@ -152,19 +158,19 @@ def rope_keys(model: ModelConfig) -> dict[str, Any]:
 def _function(module: str, name: str) -> Logits:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` finds modules
-    with _UserErrors(f"The module {module!r} of --reference"):
+    with _UserCode(f"The module {module!r} of --reference"):
         try:
             loaded = import_module(module)
         except ModuleNotFoundError as error:
             raise UsageError(f"--reference names the module {module!r}, but {error.name!r} cannot be found.") from error
-    found = getattr(loaded, name, None)
+        found = getattr(loaded, name, None)
     if found is None:
         raise UsageError(f"The module {module!r} has nothing called {name!r}.")
     if not callable(found):
         raise UsageError(f"{module}:{name} cannot be called; a function from token ids to logits is needed.")
 
     def logits(ids: Array) -> Array:
-        with _UserErrors(f"The reference {module}:{name}"):
+        with _UserCode(f"The reference {module}:{name}"):
             return _checked(found(ids), len(ids), f"{module}:{name}")
 
     return logits
@@ -186,9 +192,11 @@ def _checked(logits: Any, tokens: int, name: str) -> Array:
 
 
 def _transformers(checkpoint: str, bundle: Bundle) -> Compute:
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():  # transformers would look for the name on the Hub
+        raise UsageError(f"{checkpoint} has no config.json; the reference needs a checkpoint folder on this machine.")
     require_transformers()
-    config = Path(checkpoint) / "config.json"
-    kind = checkpoint_config(config.parent).get("model_type", "") if config.is_file() else ""
+    kind = checkpoint_config(folder).get("model_type", "")
     if kind in MODEL_TYPES and not knows(kind):
         return as_glm4_moe(numpy_reference(Path(checkpoint), bundle, keep=0))
     logits = native_logits(checkpoint)

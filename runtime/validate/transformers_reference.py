@@ -68,7 +68,7 @@ def native_logits(checkpoint: str) -> Callable[[Array], Any]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError) as error:  # it does not know the architecture, or the folder
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise AngelForgeError(

@@ -261,3 +261,4 @@ def test_numbers_of_devices_are_compared(full: Path) -> None:
     assert "0.66 ms" in result.stdout
     assert "sums over devices" in run(full, "--target", "h20", "--precision", "fp8", "--tensor-parallel", "2").stdout
     assert "numbers of devices" in run(full, "--tensor-parallel", "two").stderr
+    assert "numbers of devices" in run(full, "--tensor-parallel", "²").stderr

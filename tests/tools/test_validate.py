@@ -20,6 +20,7 @@ from angelforge.engines.cpu import build_cpu
 from angelforge.exporter.export import ExportOptions, export
 from angelforge.exporter.synthetic import small_config, write_checkpoint
 from angelforge.precision import Precision
+from angelforge.runtime.validate import references
 from angelforge.tools import validate_bundle, validate_layers
 from angelforge.tools.cli import main
 from angelforge.tools.toy import DRAFT, MODEL
@@ -96,6 +97,7 @@ def test_a_fault_is_named(faulty: Path, tmp_path: Path) -> None:
         ("return np.full((len(ids), 320), np.nan)", "graph differs from the reference"),
         ("return np.zeros((len(ids), 300))", "vocabulary has 320"),
         ("raise KeyError('mine')", "no_model:logits raised KeyError: 'mine'"),
+        ("raise SystemExit(0)", "no_model:logits raised SystemExit: 0"),
         ("return 'hello'", "expected [23, vocabulary]"),
         ("return [['a'] * 320] * len(ids)", "real numbers"),
     ],
@@ -122,6 +124,39 @@ def test_a_reference_that_is_no_python(
     result = run(model[1].folder, *FEW, "--reference", "no_python:logits")
     assert result.exit_code == 1
     assert "raised SyntaxError" in " ".join(result.output.split())
+
+
+def test_a_reference_that_ends_the_program_does_not_pass(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sys.exit(0) of a module would be exit code 0 of a validation that compared nothing."""
+    (tmp_path / "no_return.py").write_text("import sys\n\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run(model[1].folder, *FEW, "--reference", "no_return:logits")
+    assert result.exit_code == 1
+    assert "'no_return' of --reference raised SystemExit: 0" in " ".join(result.output.split())
+
+
+def test_a_reference_may_be_interrupted() -> None:
+    """Ctrl-C is the user's, and no fault of the reference."""
+    with pytest.raises(KeyboardInterrupt), references._UserCode("It"):
+        raise KeyboardInterrupt
+
+
+def test_what_a_reference_prints_is_not_in_the_json(
+    model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At import and in the call; it goes to standard error."""
+    (tmp_path / "loud_model.py").write_text(
+        "import numpy as np\n\nprint('imported')\n\n"
+        "def logits(ids):\n    print('called')\n    return np.zeros((len(ids), 320))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "loud_model", raising=False)
+    result = run(model[1].folder, *FEW, "--reference", "loud_model:logits", "--json")
+    assert json.loads(result.stdout)["ok"] is False
+    assert "imported" in result.stderr
+    assert "called" in result.stderr
 
 
 def next_commands(result: Result) -> list[list[str]]:
@@ -258,6 +293,9 @@ def test_layers_of_a_checkpoint(tmp_path: Path, dtype: str, monkeypatch: pytest.
     [
         (("--layers", "7"), "layers 0 to 2"),
         (("--layers", "one"), "numbers are needed"),
+        (("--layers", "²"), "numbers are needed"),
+        (("--layers", "9" * 5000), "numbers are needed"),
+        (("--seed", "-1"), "--seed"),
         (("--engine", "h21"), "h21"),
         (("--tokens", "ids.json", "--dialogues"), "--tokens does not go with another"),
         (("--random", "1", "--length", "20", "--against", "nowhere"), "nowhere"),
@@ -306,7 +344,9 @@ def test_what_means_nothing_for_a_checkpoint_is_refused(model: tuple[Path, Bundl
     assert f"{arguments[0]} is " in result.output
 
 
-@pytest.mark.parametrize("reference", ["no_such_module:f", "json:nothing", "numpy:nowhere", "numpy:other"])
+@pytest.mark.parametrize(
+    "reference", ["no_such_module:f", "json:nothing", "numpy:nowhere", "transformers:nowhere", "numpy:other"]
+)
 def test_references_are_loaded_first(
     model: tuple[Path, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
 ) -> None:
