@@ -35,6 +35,8 @@ class Grammar:
             raise ApiError(400, f"{param} cannot be followed: {_reason(told[0])}.", param)
         self._matcher = llguidance.LLMatcher(vocabulary.guide, source, log_level=0)
         self._words = -(-vocabulary.size // 32)
+        if problem := _look(self._matcher, np.zeros(self._words, np.uint32)):  # it refers to itself alone, say
+            raise ApiError(400, f"{param} cannot be followed: {problem}.", param)
 
     def start(self) -> Matching:
         """A new output that has to fit."""
@@ -65,9 +67,20 @@ class Matching:
         self._look()
 
     def _look(self) -> None:
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
-            raise AngelForgeError(f"The output's grammar cannot be followed: {self._matcher.get_error()}")
+        if problem := _look(self._matcher, self._mask):
+            raise AngelForgeError(f"The output's grammar cannot be followed: {problem}.")
+
+
+def _look(matcher: llguidance.LLMatcher, mask: npt.NDArray[np.uint32]) -> str | None:
+    """Writes into `mask` what may come next; the reason why nothing can."""
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    if not matcher.is_error():
+        return None
+    # The first line: the matcher's state follows, with the output's tokens in it.
+    line = _reason(matcher.get_error().split("\n", 1)[0])
+    if "doesn't satisfy the grammar" in line:  # the token is named
+        return "a token came that it does not allow"
+    return "nothing that could come fits it" if line == "NoExtensionBias" else line
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

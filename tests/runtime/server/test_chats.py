@@ -128,11 +128,18 @@ def test_json_that_fits_a_schema(server: Running) -> None:
         assert joined(create(server, **options, stream=True))[0] == answer.message.content
 
 
-@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/not/there"}, {"type": "object", "not": {}}])
+ITSELF = {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#/definitions/a"}}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "#/not/there"}, {"type": "object", "not": {}}, ITSELF]
+)
 def test_schemas_that_cannot_be_followed_are_refused(server: Running, schema: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         create(server, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
     assert caught.value.param == "response_format"
+    assert "\n" not in caught.value.message
+    assert "Parser" not in caught.value.message
 
 
 def test_a_call_that_must_be_made(tool_server: Running) -> None:

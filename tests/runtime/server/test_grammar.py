@@ -99,12 +99,31 @@ def test_states_are_each_outputs_own() -> None:
 
 
 def test_what_is_not_allowed_is_an_error_of_that_output() -> None:
+    """And is not named in it."""
     matching = Grammar(VOCABULARY, json_grammar({"type": "object"}), "schema").start()
-    with pytest.raises(AngelForgeError, match="grammar"):
+    with pytest.raises(AngelForgeError, match=r"grammar cannot be followed: a token came that it does not allow\.$"):
         matching.accept(VOCABULARY.guide.tokenize_str("]")[0])
 
 
-@pytest.mark.parametrize("schema", [{"type": "nothing"}, {"allOf": 3}, {"$ref": "#/not/there"}, {"pattern": "("}])
+def test_what_cannot_go_on_is_told_without_the_output() -> None:
+    itself = {"$ref": "#/definitions/a"}
+    schema = {"type": "object", "properties": {"b": itself}, "required": ["b"], "definitions": {"a": itself}}
+    matching = Grammar(VOCABULARY, json_grammar(schema | {"additionalProperties": False}), "schema").start()
+
+    def write(text: str) -> None:
+        for token in VOCABULARY.guide.tokenize_str(text):
+            matching.accept(token)
+
+    with pytest.raises(AngelForgeError, match=r"grammar cannot be followed: nothing that could come fits it\.$"):
+        write('{"b":')
+
+
+ITSELF = {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#/definitions/a"}}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "nothing"}, {"allOf": 3}, {"$ref": "#/not/there"}, {"pattern": "("}, ITSELF]
+)
 def test_schemas_that_make_no_sense(schema: dict[str, object]) -> None:
     with pytest.raises(ApiError) as caught:
         Grammar(VOCABULARY, json_grammar({"type": "string"} | schema), "schema").start()
