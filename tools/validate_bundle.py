@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from angelforge.bundle import Bundle
 from angelforge.engines.cpu import open_engine
 from angelforge.errors import UsageError
+from angelforge.runtime.batch import Int64
 from angelforge.runtime.onnxruntime_device import cuda_providers
 from angelforge.runtime.validate.compare import Finding
 from angelforge.runtime.validate.cuda_graph import ProviderGraph, ProviderRunner
@@ -84,7 +86,7 @@ def run_job(job: Job, report: Report) -> Validation:
     halves: tuple[Finding, ...] = ()
     agreed = all(whole.ok for whole in wholes if whole.reference)
     if checkpoint is not None and (job.by_layer or job.by_operator or unjudged or places is not None or not agreed):
-        halves = _halves(bundle, checkpoint, job)
+        halves = _halves(bundle, checkpoint, job, np.unique(np.concatenate(planned.sequences)))
     return Validation(
         str(job.subject),
         bundle.manifest.precision.value,
@@ -99,7 +101,7 @@ def run_job(job: Job, report: Report) -> Validation:
     )
 
 
-def _halves(bundle: Bundle, checkpoint: Path, job: Job) -> tuple[Finding, ...]:
+def _halves(bundle: Bundle, checkpoint: Path, job: Job, ids: Int64) -> tuple[Finding, ...]:
     """The bundle's own layers beside the checkpoint that the reference is made of."""
     manifest = bundle.manifest
     tokens = min(manifest.page_size, manifest.max_context)
@@ -114,9 +116,11 @@ def _halves(bundle: Bundle, checkpoint: Path, job: Job) -> tuple[Finding, ...]:
         manifest.page_size,
         tokens,
         job.data.seed,
+        ids,
     )
     layers = range(manifest.model.num_hidden_layers) if job.layers is None else job.layers
     checks = [check for layer in layers for check in sides.layer(layer)]
+    checks = [*sides.tables(), *checks]
     if job.layers is None:
         checks = [sides.embedding(), *checks, sides.head()]
     return tuple(check.finding() for check in checks)

@@ -113,12 +113,17 @@ class Reference:
         """[T, H]: the embedding's rows for ids int64 [T]; the rest is not widened."""
         return np.asarray(self._tensors("model.word_embeddings.weight"))[ids].astype(self.dtype)
 
-    def attention_block(self, x: Array, layer: int, positions: Array) -> tuple[Array, Array, Array]:
-        """The first half of a layer: (residual stream [T, H] with attention added, keys, values) of x [T, H]."""
+    def attention_block(
+        self, x: Array, layer: int, positions: Array, sequences: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """The first half of a layer: (residual stream [T, H] with attention added, keys, values) of x [T, H].
+
+        `sequences` [T] tells whose each token is, where x holds several.
+        """
         prefix = f"model.layers.{layer}."
         cos, sin = (table.astype(self.dtype) for table in rope_tables(self.config, positions))
         normed = self._norm(x, prefix + "input_layernorm.weight")
-        attended, key, value = self._attention(normed, prefix + "attention.", cos, sin, positions)
+        attended, key, value = self._attention(normed, prefix + "attention.", cos, sin, positions, sequences)
         return x + attended, key, value
 
     def mlp_block(self, x: Array, layer: int) -> tuple[Array, Routing | None]:
@@ -138,7 +143,9 @@ class Reference:
         """x [T, in] · weight [out, in]ᵀ of one of the weights that FP8 checkpoints quantise."""
         return np.asarray(x @ self.tensor(name).T)
 
-    def _attention(self, x: Array, prefix: str, cos: Array, sin: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def _attention(
+        self, x: Array, prefix: str, cos: Array, sin: Array, positions: Array, sequences: Array | None
+    ) -> tuple[Array, Array, Array]:
         tokens = len(x)
         fused = self._linear(x, prefix + "query_key_value.weight")  # [T, (heads + 2 kv_heads) · head_dim]
         fused = fused.reshape(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -147,7 +154,7 @@ class Reference:
             query = self._norm(query, prefix + "query_layernorm.weight")
             key = self._norm(key, prefix + "key_layernorm.weight")
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = causal_attention(query, key, value, positions)  # [T, heads, head_dim]
+        out = causal_attention(query, key, value, positions, sequences)  # [T, heads, head_dim]
         return self._linear(out.reshape(tokens, -1), prefix + "dense.weight"), key, value
 
     def _feed_forward(self, x: Array, layer: int) -> tuple[Array, Routing | None]:
@@ -277,11 +284,13 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def causal_attention(query: Array, key: Array, value: Array, positions: Array) -> Array:
+def causal_attention(query: Array, key: Array, value: Array, positions: Array, sequences: Array | None = None) -> Array:
     """[T, heads, head_dim]; head h reads KV head h // (heads / kv_heads) up to its own position; scale 1/√head_dim."""
     _, heads, head_dim = query.shape
     sharing = heads // key.shape[1]
     visible = positions[None, :] <= positions[:, None]  # [T, T]
+    if sequences is not None:
+        visible &= sequences[None, :] == sequences[:, None]
     out = np.empty_like(query)
     for head in range(heads):  # one head at a time: [T, T] is the largest thing held
         scores = query[:, head] @ key[:, head // sharing].T / query.dtype.type(math.sqrt(head_dim))

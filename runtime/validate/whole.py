@@ -27,6 +27,7 @@ class Whole:
     rows: tuple[LogitRow, ...]  # every position, by sequence and position
     findings: tuple[Finding, ...]  # logits, and keys and values by layer, of every call
     reference: bool = False  # the bundle's graph beside a reference, and not an engine beside the graph
+    alone: tuple[Finding, ...] = ()  # those that fail by themselves, and not only as all calls together
 
     @property
     def ok(self) -> bool:
@@ -35,9 +36,14 @@ class Whole:
 
     @property
     def first(self) -> Finding | None:
-        """The first tensor beyond its limit in the order of the layers, of the earliest call."""
+        """The first tensor beyond its limit in the order of the layers, of the earliest call.
+
+        Where tensors fail only as all calls together, no call is wrong by itself: the first of them in its worst call.
+        """
+        if self.alone:
+            return min(self.alone, key=lambda f: (f.step, *_order(f)))
         wrong = [finding for finding in self.findings if not finding.ok]
-        return min(wrong, key=lambda f: (f.step, not f.place.startswith("layer"), _number(f.place)), default=None)
+        return min(wrong, key=lambda f: (*_order(f), -f.error), default=None)
 
     def summary(self) -> dict[str, Any]:
         """The figures of the logits; NaN where their shapes differ."""
@@ -68,7 +74,8 @@ def compare_whole(expected: BundleRunner, found: BundleRunner, schedule: Schedul
         )
         Comparator.compare_accuracy(results, compare_func=meter)
     rows = tuple(sorted(meter.rows, key=lambda row: (row.sequence, row.position)))
-    return Whole(expected.name, found.name, rows, tuple(meter.judged()), isinstance(expected, ReferenceRunner))
+    alone = tuple(finding for finding in meter.findings if not finding.ok)
+    return Whole(expected.name, found.name, rows, tuple(meter.judged()), isinstance(expected, ReferenceRunner), alone)
 
 
 @dataclass
@@ -138,5 +145,7 @@ def _meaning(name: str) -> tuple[str, str]:
     return ("head", "Linear (lm_head)") if name == "logits" else ("captured states", "Linear (fc)")
 
 
-def _number(place: str) -> int:
-    return int(place.removeprefix("layer ")) if place.startswith("layer ") else 0
+def _order(finding: Finding) -> tuple[bool, int]:
+    """Layers first, by their numbers."""
+    layer = finding.place.startswith("layer ")
+    return not layer, int(finding.place.removeprefix("layer ")) if layer else 0

@@ -15,6 +15,7 @@ from angelforge.exporter.synthetic import small_config
 from angelforge.exporter.synthetic_config import FULL_CONFIG
 from angelforge.precision import Precision
 from angelforge.runtime.validate.halves import Halves, LayerCheck, most_touched
+from angelforge.runtime.validate.metrics import by_row
 from angelforge.runtime.validate.operations import judge_graph
 from angelforge.runtime.validate.references import numpy_reference
 
@@ -27,13 +28,19 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_bundle(tmp_path_factory.mktemp("halves"), SIZES, ExportOptions(precision=request.param))
 
 
-def checks(checkpoint: Path, bundle: Bundle) -> dict[tuple[int | None, str], LayerCheck]:
-    """Every half of the bundle."""
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+    """The same in FP8 always."""
+    return make_bundle(tmp_path_factory.mktemp("halves"), SIZES, ExportOptions(precision=Precision.FP8))
+
+
+def checks(checkpoint: Path, bundle: Bundle, ids: np.ndarray | None = None) -> dict[tuple[int | None, str], LayerCheck]:
+    """Every half of the bundle, and of its embedding the rows of `ids`, too."""
     manifest = bundle.manifest
     reference = numpy_reference(checkpoint, bundle, keep=0)
     quantized = manifest.precision.quantized
-    sides = Halves(manifest.model, judge_graph(bundle), bundle.folder, reference, quantized, 64, 64, 0)
-    found = [sides.embedding(), *sides.layer(0), *sides.layer(1), sides.head()]
+    sides = Halves(manifest.model, judge_graph(bundle), bundle.folder, reference, quantized, 64, 64, 0, ids)
+    found = [sides.embedding(), *sides.tables(), *sides.layer(0), *sides.layer(1), sides.head()]
     return {(check.layer, check.half): check for check in found}
 
 
@@ -42,6 +49,8 @@ def test_sound_weights_agree(model: tuple[Path, Bundle]) -> None:
     found = checks(*model)
     assert list(found) == [
         (None, "embedding"),
+        (None, "rope.cos"),
+        (None, "rope.sin"),
         (0, "attention"),
         (0, "mlp"),
         (1, "attention"),
@@ -59,6 +68,10 @@ def _turned(array: np.ndarray) -> np.ndarray:
     return np.roll(array.view(np.uint8 if array.dtype.itemsize == 1 else array.dtype), 1, axis=0).view(array.dtype)
 
 
+def _negated_later(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array[:100], -array[100:]])
+
+
 @pytest.mark.parametrize(
     ("weight", "change", "place"),
     [
@@ -68,6 +81,8 @@ def _turned(array: np.ndarray) -> np.ndarray:
         ("model.layers.1.mlp.gate.expert_bias", np.negative, (1, "mlp")),
         ("model.layers.1.mlp.experts.gate_proj.weight", _turned, (1, "mlp")),
         ("model.norm.weight", _doubled, (None, "head")),
+        ("rope.cos", _negated_later, (None, "rope.cos")),
+        ("rope.sin", _negated_later, (None, "rope.sin")),
     ],
 )
 def test_wrong_weights_are_located(model: tuple[Path, Bundle], tmp_path: Path, weight, change, place) -> None:
@@ -76,6 +91,45 @@ def test_wrong_weights_are_located(model: tuple[Path, Bundle], tmp_path: Path, w
     shutil.copytree(model[1].folder, folder)
     change_tensor(model[1], folder, weight, change)
     assert [key for key, check in checks(model[0], Bundle.open(folder)).items() if not check.ok] == [place]
+
+
+def test_rows_of_the_run_are_compared(model: tuple[Path, Bundle], tmp_path: Path) -> None:
+    """A wrong row of the embedding that random tokens miss, told by its token."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(model[1].folder, folder)
+    missed = next(i for i in range(320) if i not in np.random.default_rng([0, 1 << 20]).integers(0, 320, 64))
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[missed] *= array.dtype.type(1.5)
+        return array
+
+    change_tensor(model[1], folder, "model.word_embeddings.weight", change)
+    bundle = Bundle.open(folder)
+    assert checks(model[0], bundle)[None, "embedding"].ok
+    found = checks(model[0], bundle, np.array([missed, missed, 3]))[None, "embedding"]
+    assert not found.ok
+    assert {worst.index[0] for worst in found.result.worst} == {missed}
+
+
+def test_rows_that_are_larger_hide_none() -> None:
+    """One element of another token is 3000, and errors of a thousandth of it are whole rows."""
+    wanted = np.ones((4, 8))
+    wanted[0, 0] = 3000
+    found = wanted.copy()
+    found[2] = 0
+    assert by_row(found, wanted) == 1
+    assert by_row(wanted, wanted) == 0
+    assert by_row(np.where(wanted == 1, np.nan, wanted), wanted) == np.inf
+
+
+@pytest.mark.parametrize("part", ["dense", "query_key_value"])
+def test_small_errors_of_every_token_are_seen_in_fp8(fp8: tuple[Path, Bundle], tmp_path: Path, part: str) -> None:
+    """3 %, less than one step of e4m3."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(fp8[1].folder, folder)
+    scale = f"model.layers.1.attention.{part}.weight_scale_inv"
+    change_tensor(fp8[1], folder, scale, lambda array: array * np.float32(1.03))
+    assert [key for key, check in checks(fp8[0], Bundle.open(folder)).items() if not check.ok] == [(1, "attention")]
 
 
 def test_wide_layers_have_more_steps(tmp_path: Path) -> None:
@@ -87,3 +141,4 @@ def test_wide_layers_have_more_steps(tmp_path: Path) -> None:
     assert share(small_config(), 1) == 0.1
     assert 0.3 < share(FULL_CONFIG, 1) < 0.45
     assert 0.3 < share(FULL_CONFIG, 0) < 0.45
+    assert 0.3 < most_touched(ModelConfig.from_dict(FULL_CONFIG), None) < 0.45

@@ -102,6 +102,27 @@ def test_garbage_fails(model: tuple[Path, Bundle], spoil: Callable[[Outputs], No
     assert tensor != "logits" or whole.summary()["cosine"] < 0.999
 
 
+def test_what_fails_by_itself_comes_first(model: tuple[Path, Bundle]) -> None:
+    """All calls together tell of no call: keys of the second one are named before logits of the first."""
+    plan = schedule(random_sequences(1, 320, 40), page_size=64, vocab_size=320, max_context=128, chunk=16)
+    engine = _Spoilt(model[1], "cpu", plan.num_pages)
+    calls: list[int] = []
+
+    def late_keys(outputs: Outputs) -> None:
+        _permuted(outputs)
+        outputs["cache.0"] = outputs["cache.0"] * (-1 if calls == [1] else 1)
+        calls.append(1)
+
+    engine.spoil = late_keys
+    whole = compare_whole(JudgeRunner(model[1], plan.num_pages), engine, plan, FP8_IN_F32)
+    assert {f.tensor for f in whole.findings if not f.ok} == {"cache.0", "logits"}
+    assert whole.first is not None
+    assert (whole.first.tensor, whole.first.step) == ("cache.0", 1)
+    engine.spoil = _permuted
+    whole = compare_whole(JudgeRunner(model[1], plan.num_pages), engine, plan, FP8_IN_F32)
+    assert whole.first == max((f for f in whole.findings if f.tensor == "logits"), key=lambda f: f.error)
+
+
 def test_other_weights_fail(model: tuple[Path, Bundle], tmp_path: Path) -> None:
     """The engine of a model of the same shape with other random weights."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config(**SIZES), seed=1)
