@@ -10,13 +10,12 @@ import numpy as np
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Float32, Int64
-from angelforge.runtime.distribution import Float64
 from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
 from angelforge.runtime.request import Request
-from angelforge.runtime.sampler import draw_among, is_argmax, sample
+from angelforge.runtime.sampler import is_argmax, sample
 from angelforge.runtime.scheduler import Scheduled
 from angelforge.runtime.speculation import Speculator
-from angelforge.runtime.verification import judge, judge_among
+from angelforge.runtime.verification import judge
 
 if TYPE_CHECKING:
     from angelforge.runtime.device_sampling import DeviceSampler
@@ -27,7 +26,6 @@ _NO_TOKEN = (
 
 
 Draw = Callable[[Float32, Sequence[Request]], Int64]
-Candidates = tuple[Int64, Float64]  # ids and their probabilities
 Logprob = Callable[[int, int, int], TokenLogprob]  # of a row's token, with so many of the likeliest
 
 
@@ -37,8 +35,7 @@ class _Run:
 
     scheduled: Scheduled
     first: int
-    tokens: Sequence[int] = ()  # of the rows, where none depends on what the ones before give
-    options: Sequence[Candidates] | None = None  # of the rows otherwise, from logits on a device
+    tokens: Sequence[int] | None = None  # of the rows, where none depends on what the ones before give
 
     @property
     def count(self) -> int:
@@ -90,7 +87,7 @@ class Chooser:
         made = _Made(logits, speculator, logprob)
         for run in runs:
             if not run.scheduled.request.finished:
-                (_accept_run if run.plain else _judge_run)(run, made)
+                (_judge_run if run.tokens is None else _accept_run)(run, made)
 
     def _look(
         self, runs: Sequence[_Run], scoring: Sequence[tuple[Scheduled, int]], logits: Float32, rows: int
@@ -112,8 +109,12 @@ class Chooser:
         return logprob
 
     def _look_on_device(self, runs: Sequence[_Run], scoring: Sequence[tuple[Scheduled, int]], logits: Any) -> Logprob:
-        """The same for logits on a device, and all that can come where proposals are judged: in one round."""
-        from angelforge.runtime.device_adjusting import Place, places_of  # they need torch
+        """The same for logits on a device: every row gives a token, as if the proposals before it had come out.
+
+        A proposal passes if it is the token of its row: whatever is proposed, the tokens are drawn from p. Proposals
+        there are the likeliest ones (`proposals.py`), and with all of q on one token this is speculative sampling.
+        """
+        from angelforge.runtime.device_adjusting import places_of  # they need torch
         from angelforge.runtime.device_round import Scored
         from angelforge.runtime.device_sampling import DeviceSampler
 
@@ -127,28 +128,17 @@ class Chooser:
             for scheduled, begin in scoring
         }
         going = [run for run in runs if not _is_scored_out(run)]
-        plain, judged = [run for run in going if run.plain], [run for run in going if not run.plain]
         draws = [
-            Place.of(row, run.scheduled.request) for run in plain for row in range(run.first, run.first + run.count)
+            place for run in going for place in places_of(run.first, run.scheduled.request, run.scheduled.proposed)
         ]
-        chains = [places_of(run.first, run.scheduled.request, run.scheduled.proposed) for run in judged]
-        if not draws and not chains and not any(scores.values()):
+        if not draws and not any(scores.values()):
             _end_scored(runs)
             return lambda row, token, count: row_logprobs(logits[row : row + 1], [token], count)[0]
-        answer = self._sampler.answer(
-            logits,
-            draws,
-            [place for chain in chains for place in chain],
-            [one for each in scores.values() for one in each],
-        )
+        answer = self._sampler.answer(logits, draws, [one for each in scores.values() for one in each])
         for scheduled, _ in scoring:
             _score(scheduled, [(one.row, one.token) for one in scores[id(scheduled)]], answer.logprob)
         _end_scored(runs)
-        _deal(plain, answer.tokens.tolist())
-        begin = 0
-        for run in judged:
-            run.options = answer.options[begin : begin + run.count]
-            begin += run.count
+        _deal(going, answer.tokens.tolist())
         return answer.logprob
 
 
@@ -190,7 +180,7 @@ def _deal(runs: Sequence[_Run], tokens: Sequence[int]) -> None:
 def _accept_run(run: _Run, made: _Made) -> None:
     """The tokens of a request's rows as far as its proposals agree with them."""
     proposed = run.scheduled.proposed
-    for place, token in enumerate(run.tokens):
+    for place, token in enumerate(run.tokens or ()):
         passed = place < len(proposed) and token == proposed[place]
         if not _accept(run, place, token, passed, made):
             return
@@ -199,22 +189,14 @@ def _accept_run(run: _Run, made: _Made) -> None:
 def _judge_run(run: _Run, made: _Made) -> None:
     """The proposals in their order as far as the target lets them pass, and then a token of its own."""
     assert made.speculator is not None
-    scheduled, known, first = run.scheduled, run.options, run.first
+    scheduled, first = run.scheduled, run.first
     request, logits = scheduled.request, made.logits
     for place, proposal in enumerate(scheduled.proposed):
-        shares = made.speculator.shares(request, place)
-        if known is None:
-            token = judge(logits[first + place], request, proposal, shares)
-        else:
-            token = judge_among(*known[place], request, proposal, shares)
+        token = judge(logits[first + place], request, proposal, made.speculator.shares(request, place))
         if not _accept(run, place, token, token == proposal, made):
             return
     place = len(scheduled.proposed)
-    if known is None:
-        token = int(sample(logits[first + place : first + place + 1], [request])[0])
-    else:
-        token = draw_among(*known[place], request.rng)
-    _accept(run, place, token, False, made)
+    _accept(run, place, int(sample(logits[first + place : first + place + 1], [request])[0]), False, made)
 
 
 def _accept(run: _Run, place: int, token: int, passed: bool, made: _Made) -> bool:

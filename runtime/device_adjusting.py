@@ -12,7 +12,7 @@ import torch
 
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_transfer import Packed
-from angelforge.runtime.history import Counted, History, Seen
+from angelforge.runtime.history import History
 
 if TYPE_CHECKING:
     from angelforge.runtime.constraint import Constraint
@@ -28,7 +28,7 @@ class Place:
 
     row: int
     params: SamplingParams
-    history: History | Seen | None  # of all before, without `ahead`
+    history: History | None  # of all before, without `ahead`
     rng: np.random.Generator
     constraint: Constraint | None = None
     ahead: tuple[int, ...] = ()  # proposals that stand before it
@@ -39,18 +39,6 @@ class Place:
         """A request's place."""
         params = request.params
         return cls(row, params, request.history, request.rng, request.constraint, ahead, params.logprobs)
-
-    def seen(self) -> Counted | None:
-        """The history with the proposals before this place."""
-        history = self.history
-        if not isinstance(history, History):
-            return history
-        for token in self.ahead:
-            history.add(token)
-        found = Seen(history.ids.copy(), history.counts.copy())
-        for token in reversed(self.ahead):
-            history.take_back(token)
-        return found
 
 
 def places_of(first: int, request: Drawing, proposed: Sequence[int]) -> list[Place]:
@@ -105,14 +93,11 @@ def _key(shape: Sequence[int], places: Sequence[Place]) -> tuple[list[int], list
 def pack_adjustments(
     packed: Packed, standing: Standing, places: Sequence[Place], vocab: int, histories: DeviceHistories
 ) -> bool:
-    """Adds to `packed` all that changes the rows of some places; whether they are not all rows, as they are.
-
-    Histories of requests are kept on the device, others are sent as they are, each id once.
-    """
+    """Adds to `packed` all that changes the rows of some places; whether they are not all rows, as they are."""
     for name, array in standing.arrays.items():
         packed.add(name, array)
     if standing.kept:
-        kept = [history for number in standing.kept if isinstance(history := places[number].history, History)]
+        kept = [history for number in standing.kept if (history := places[number].history) is not None]
         every = list(dict.fromkeys(kept))
         begins = histories.pack(packed, every)
         if len(every) < len(kept):
@@ -148,17 +133,15 @@ def adjusted_rows(logits: torch.Tensor, packed: Packed, histories: DeviceHistori
 
 def _is_kept(place: Place) -> bool:
     """Whether a device keeps what was seen before a place."""
-    return place.params.penalizes and isinstance(place.history, History) and place.history.size > 0
+    return place.params.penalizes and place.history is not None and place.history.size > 0
 
 
 def _pack_listed(packed: Packed, standing: Standing, places: Sequence[Place], vocab: int) -> None:
-    """The ids that no kept history has, or that count differently at their places."""
+    """The ids of proposals, which no kept history has, or which count differently at their places."""
     listed = []
     for number in standing.penalized:
         place, history = places[number], places[number].history
-        if isinstance(history, Seen):
-            listed.append((number, place, history.ids, history.counts))
-        elif history is not None and place.ahead:
+        if history is not None and place.ahead:
             ids = sorted(set(place.ahead))
             counts = [history.count(token) + place.ahead.count(token) for token in ids]
             listed.append((number, place, np.array(ids, np.int64), np.array(counts, np.float32)))

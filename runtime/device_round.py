@@ -14,7 +14,6 @@ from angelforge.runtime.device_adjusting import Place, Standing, adjusted_rows, 
 from angelforge.runtime.device_distribution import Rules, draw_rows, kept_weights
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_largest import (
-    Candidates,
     RowRules,
     candidates_of,
     draw_each,
@@ -24,11 +23,8 @@ from angelforge.runtime.device_largest import (
 )
 from angelforge.runtime.device_logprobs import measure, pack_rows
 from angelforge.runtime.device_transfer import Packed, Parcel
-from angelforge.runtime.distribution import Float64, candidates
 from angelforge.runtime.sampler import is_argmax
 from angelforge.runtime.sampling import SamplingParams
-
-Options = tuple[Int64, Float64]  # ids that can come, and their probabilities
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,12 @@ class Scored:
 class Round:
     """Rows of one step's logits sorted by what has to be done for them.
 
-    `draws` are places that give a token, `judged` those where proposals are checked, so that all that can come there is
-    asked for, `scored` those of prompts. Each row has one place.
+    `draws` are places that give a token, `scored` those of prompts. Each row has one place.
     """
 
-    def __init__(
-        self, shape: Sequence[int], draws: Sequence[Place], judged: Sequence[Place], scored: Sequence[Scored]
-    ) -> None:
+    def __init__(self, shape: Sequence[int], draws: Sequence[Place], scored: Sequence[Scored]) -> None:
         """Of logits [R, vocab]."""
-        self.shape, self.draws, self.judged, self.scored = shape, draws, judged, scored
+        self.shape, self.draws, self.scored = shape, draws, scored
         vocab = shape[1]
         self.best: list[int] = []  # of the draws, as the next two
         self.narrow: list[int] = []
@@ -61,10 +54,7 @@ class Round:
                 self.best.append(i)
             else:
                 (self.narrow if is_narrow(place.params, vocab) else self.whole).append(i)
-        self.judged_narrow = [i for i, place in enumerate(judged) if is_narrow(place.params, vocab)]
-        self.judged_whole = [i for i, place in enumerate(judged) if not is_narrow(place.params, vocab)]
-        #: Places whose largest logits come to the host; those that are drawn from first.
-        self.looked = [*(draws[i] for i in self.narrow), *(judged[i] for i in self.judged_narrow)]
+        self.looked = [draws[i] for i in self.narrow]  # places whose largest logits come to the host
         self.drawn = [draws[i] for i in self.whole]
         self.rules: RowRules | None = None
         # Rows with one token each come first among those that are measured for logprobs.
@@ -96,8 +86,6 @@ class Round:
             packed.add("divisors", rules.divisors)
         if self.drawn:
             pack_rules(packed, self.drawn, vocab)
-        if self.judged_whole:
-            packed.add("whole.rows", np.array([self.judged[i].row for i in self.judged_whole], np.int64))
         if self.measured:
             pack_rows(packed, self.measured)
             packed.add("scored.tokens", np.array([each.token for each in self.scored], np.int64))
@@ -125,8 +113,6 @@ class Round:
             if self.drawn:
                 drawn = draw_from_all(x[len(self.looked) :], packed, self.drawn)
                 parcel.add("drawn", drawn)
-        if self.judged_whole:
-            parcel.add("whole", _selected(logits, packed, "whole.rows"))
         if self.measured:
             one = [packed["scored.tokens"]]
             if drawn is not None and self.whole_asked:
@@ -139,37 +125,26 @@ class Round:
             measure(logits, packed, parcel, self._likeliest(), torch.cat(one), few)
         return parcel
 
-    def settle(self, found: dict[str, Any], logits: torch.Tensor) -> tuple[Int64, list[Options]]:
-        """Tokens int64 [draws] and the options of the judged, from what the parcel brought.
+    def settle(self, found: dict[str, Any]) -> Int64:
+        """Tokens int64 [draws], from what the parcel brought.
 
-        `logits` must still be there: rows that the largest logits do not decide are asked for in a second round.
+        Rows that the largest logits do not decide are drawn from in a second round, of which only ids come back.
         """
         tokens = np.empty(len(self.draws), np.int64)
-        options: dict[int, Options] = {}
         if self.best:
             tokens[self.best] = np.where(np.isfinite(found["best.peak"]), found["best"], -1)
         if self.drawn:
             tokens[self.whole] = found["drawn"]
         if self.rules is not None:
-            seen, few = candidates_of(found["table"], self.rules), len(self.narrow)
-            if few:
-                mine = seen if few == len(self.looked) else seen.first(few)
-                tokens[self.narrow] = draw_each(mine, self.looked[:few])
-                if not mine.decided.all():
-                    undecided = np.flatnonzero(~mine.decided).tolist()
-                    tokens[[self.narrow[k] for k in undecided]] = self._draw_again(undecided)
-            for k, i in enumerate(self.judged_narrow, few):
-                if seen.decided[k]:
-                    options[i] = _options(seen, k)
-        for k, i in enumerate(self.judged_whole):
-            options[i] = candidates(found["whole"][k], self.judged[i].params, self.judged[i].seen())
-        if open_ := [i for i in range(len(self.judged)) if i not in options]:
-            options |= self._look_again(open_, logits)
-        return tokens, [options[i] for i in range(len(self.judged))]
+            seen = candidates_of(found["table"], self.rules)
+            tokens[self.narrow] = draw_each(seen, self.looked)
+            if not seen.decided.all():
+                undecided = np.flatnonzero(~seen.decided).tolist()
+                tokens[[self.narrow[k] for k in undecided]] = self._draw_again(undecided)
+        return tokens
 
     def _likeliest(self) -> int:
-        asked = [*(each.count for each in self.scored), *(place.logprobs or 0 for place in (*self.draws, *self.judged))]
-        return max(asked)
+        return max([*(each.count for each in self.scored), *(place.logprobs or 0 for place in self.draws)])
 
     def _draw_again(self, undecided: Sequence[int]) -> Int64:
         """From the whole vocabulary, where more than the largest logits can come."""
@@ -182,18 +157,6 @@ class Round:
         parcel.add("drawn", draw_from_all(self._x.index_select(0, packed["again"]), packed, places))
         drawn: Int64 = parcel.fetch()["drawn"]
         return drawn
-
-    def _look_again(self, judged: Sequence[int], logits: torch.Tensor) -> dict[int, Options]:
-        """The whole rows come to the host."""
-        packed, parcel = Packed(logits.device), Parcel()
-        packed.add("again", np.array([self.judged[i].row for i in judged], np.int64))
-        packed.send()
-        parcel.add("rows", logits.index_select(0, packed["again"]))
-        rows = parcel.fetch()["rows"]
-        return {
-            i: candidates(row, self.judged[i].params, self.judged[i].seen())
-            for i, row in zip(judged, rows, strict=True)
-        }
 
 
 def pack_rules(packed: Packed, places: Sequence[Place], vocab: int) -> None:
@@ -235,13 +198,6 @@ def draw_from_all(x: torch.Tensor, packed: Packed, places: Sequence[Place]) -> t
 def _asking(places: Iterable[Place]) -> list[int]:
     """Which of the places ask for logprobs."""
     return [k for k, place in enumerate(places) if place.logprobs is not None]
-
-
-def _options(seen: Candidates, k: int) -> Options:
-    if seen.count[k] == 0:
-        return np.empty(0, np.int64), np.empty(0, np.float64)
-    weights, kept = seen.weights[k], seen.weights[k] > 0
-    return seen.ids[k][kept], weights[kept] / weights[kept].sum()
 
 
 def _selected(tensor: torch.Tensor, packed: Packed, name: str) -> torch.Tensor:

@@ -1,9 +1,13 @@
-"""What a draft proposes at one place of a chain: its likeliest token, or one drawn as the request asks for."""
+"""What a draft proposes at one place of a chain: its likeliest token, or one drawn as the request asks for.
+
+Whatever is proposed, the target's distribution comes out. Where the draft's logits are on a device its likeliest tokens
+are proposed, which the draft's call has given already: no logits and no histories cross, and the target's check is a
+draw (`Chooser`). On the host, where logits are at hand, a proposal that is drawn passes a little more often.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +20,7 @@ from angelforge.runtime.verification import Shares
 
 
 class Proposer:
-    """Chooses proposals from the draft's last call under the same rules as the target's tokens are chosen."""
+    """Chooses proposals from the draft's last call, on the host by the rules that the target's tokens are chosen by."""
 
     def __init__(self, draft: DraftEngine) -> None:
         self._draft = draft
@@ -32,11 +36,13 @@ class Proposer:
         `likeliest` int64 [≥ n] are the draft's first choices; `asked` are the rows' requests and the chains that stand
         between their outputs and the token. Raises AngelForgeError if the draft's engine fails.
         """
-        ruled = [row for row, (request, _) in enumerate(asked) if not is_argmax(request)]
-        candidates = dict(zip(ruled, self._candidates(ruled, asked), strict=True)) if ruled else {}
         chosen: list[tuple[int, Shares | None]] = [(int(token), None) for token in likeliest[: len(asked)]]
-        for row, found in candidates.items():
-            chosen[row] = self._choose(chosen[row][0], asked[row][0], found)
+        ruled = [row for row, (request, _) in enumerate(asked) if not is_argmax(request)]
+        if ruled and isinstance(logits := self._draft.logits(), np.ndarray):
+            for row in ruled:
+                request, chain = asked[row]
+                found = choices(self._adjusted(logits[row], request, chain), request.params)
+                chosen[row] = self._choose(chosen[row][0], request, found)
         return chosen
 
     def _choose(self, likeliest: int, request: Drawing, found: tuple[Int64, Float64]) -> tuple[int, Shares | None]:
@@ -47,28 +53,6 @@ class Proposer:
         if request.params.greedy:
             return int(ids[0]), None
         return draw(ids, probabilities, request.rng), Shares(ids, probabilities)
-
-    def _candidates(
-        self, rows: Sequence[int], asked: Sequence[tuple[Drawing, list[int]]]
-    ) -> list[tuple[Int64, Float64]]:
-        """The draft's tokens that can come in some rows, and their probabilities; where its logits are."""
-        logits = self._draft.logits()
-        if isinstance(logits, np.ndarray):
-            return [choices(self._adjusted(logits[row], *asked[row]), asked[row][0].params) for row in rows]
-        from angelforge.runtime.device_adjusting import Place  # they need torch
-        from angelforge.runtime.device_candidates import candidates_on_device
-
-        places = []
-        for row in rows:
-            request, chain = asked[row]
-            params, history = request.params, request.history
-            if params.logit_bias:
-                known, names = self._names_of(params.bias.ids)
-                values = params.bias.values_f32[known]
-                params = replace(params, logit_bias=dict(zip(names.tolist(), values.tolist(), strict=True)))
-            seen = None if history is None else self._named(history, chain)
-            places.append(Place(row, params, seen, request.rng))
-        return candidates_on_device(logits, places)
 
     def _adjusted(self, logits: Float32, request: Drawing, chain: list[int]) -> Float32:
         """The draft's logits after bias and penalties, of what the chain says too."""

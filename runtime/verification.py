@@ -38,11 +38,6 @@ def judge(logits: Float32, request: Drawing, proposal: int, shares: Shares | Non
     proposal is a greedy one. −1 where nothing can come: the row has no finite largest logit.
     """
     ids, probabilities = candidates(logits, request.params, request.history, mask_of(request))
-    return judge_among(ids, probabilities, request, proposal, shares)
-
-
-def judge_among(ids: Int64, probabilities: Float64, request: Drawing, proposal: int, shares: Shares | None) -> int:
-    """The same where the target's candidates are known: `ids` int64 [n] and their probabilities f64 [n]."""
     if ids.shape[0] < 2:
         return int(ids[0]) if ids.shape[0] else -1
     if shares is None:  # the whole probability of q lies on the proposal

@@ -124,12 +124,11 @@ class DeviceDraw(DeviceSampler):
         self,
         logits: torch.Tensor,
         draws: Sequence[Place],
-        judged: Sequence[Place] = (),
         scored: Sequence[Scored] = (),
     ) -> Answer:
         """As the sampler's."""
         begin = perf_counter()
-        round_ = Round(logits.shape, draws, judged, scored)
+        round_ = Round(logits.shape, draws, scored)
         packed = self.prepare(round_)
         handed_out = perf_counter()
         self.hidden = handed_out - begin
@@ -143,7 +142,7 @@ class DeviceDraw(DeviceSampler):
                 self.histories.update(packed)
             found = {name: array.copy() for name, array in self._found[len(draws)].items()}
             self.left_out = perf_counter() - handed_out
-        made = Answer(round_, found, logits, *round_.settle(found, logits))
+        made = Answer(round_, found, logits, round_.settle(found))
         self._next = (self._next + len(draws)) % 4000
         made.tokens = self._ids[self._next : self._next + len(draws)]
         self.seconds = perf_counter() - begin - self.left_out

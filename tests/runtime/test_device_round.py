@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.drawing import drawing
 from support.far_device import FAR, Watch, far, watched
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy
 
 from angelforge import LLM, SamplingParams
 from angelforge.runtime import device_history
-from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_adjusting import Place, places_of
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_round import Scored
 from angelforge.runtime.device_sampling import DeviceSampler
@@ -47,7 +48,7 @@ PROMPTS = [[5, 6, 7], [8], [9] * 5, [1, 2]]
 
 def load(depth: int, where: Any) -> tuple[LLM, PagedEngine]:
     engine = PagedEngine(4, 64, 64, VOCAB)
-    draft = StubDraft(engine, noisy(engine))
+    draft = StubDraft(engine, noisy(engine), where=where)
     forward = engine.forward
     engine.forward = lambda batch: where(forward(batch))
     return LLM.from_engine(engine, draft=draft, speculate=depth), engine
@@ -56,7 +57,11 @@ def load(depth: int, where: Any) -> tuple[LLM, PagedEngine]:
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_fetches_once_and_waits_for_nothing_else(kind: str, depth: int) -> None:
-    """With a draft's proposals to verify and without; the outputs are those of logits on the host."""
+    """With a draft's proposals to verify and without; the outputs are those of logits on the host.
+
+    With a draft only those of greedy requests are: others draw their numbers otherwise on a device, see
+    `test_speculative_sampling.py` for their distribution.
+    """
     params = [SamplingParams(max_tokens=9, **one) for one in KINDS[kind]]
     with watched() as watch:
         llm, engine = load(depth, lambda logits: far(torch.from_numpy(logits)))
@@ -64,17 +69,55 @@ def test_a_step_fetches_once_and_waits_for_nothing_else(kind: str, depth: int) -
     assert watch.waits == []
     assert watch.fetches == len(engine.batches)
     assert watch.sends <= len(engine.batches)
+    assert [one.error for one in found] == [None] * len(found)
+    if depth:
+        assert llm.speculation is not None
+        assert llm.speculation.rounds > 0
     wanted = load(depth, lambda logits: logits)[0].generate(PROMPTS[: len(params)], params)
-    for one, other in zip(found, wanted, strict=True):
-        assert (one.error, one.token_ids) == (None, other.token_ids)
+    for one, other, asked, prompt in zip(found, wanted, params, PROMPTS, strict=False):
+        text = [*prompt, *one.token_ids]
+        assert len(text) == len(prompt) + 9
+        if not depth or asked.greedy:
+            assert one.token_ids == other.token_ids
         for name in ("logprobs", "prompt_logprobs"):
             assert (getattr(one, name) is None) == (getattr(other, name) is None)
-            for this, that in zip(getattr(one, name) or (), getattr(other, name) or (), strict=True):
-                assert (this is None) == (that is None)
-                if this is not None:
-                    assert this.token == that.token
-                    assert this.logprob == pytest.approx(that.logprob, abs=1e-5)
-                    assert [place for place, _ in this.top] == [place for place, _ in that.top]
+        for name, first, count in (
+            ("logprobs", len(prompt), asked.logprobs),
+            ("prompt_logprobs", 0, asked.prompt_logprobs),
+        ):
+            for at, told in enumerate(getattr(one, name) or (), first):
+                if told is not None:
+                    (that,) = row_logprobs(engine.dense_logits(np.array(text[:at]))[None], [text[at]], count)
+                    assert told.token == that.token
+                    assert told.logprob == pytest.approx(that.logprob, abs=1e-5)
+                    assert [place for place, _ in told.top] == [place for place, _ in that.top]
+
+
+@pytest.mark.parametrize(
+    ("limit", "params"),
+    [
+        (1, {}),
+        (1, {"temperature": 1.0}),
+        (1, {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}}),
+        (1, {"temperature": 1.0, "logprobs": 5, "top_k": 15_000}),
+        (1, {"repetition_penalty": 1.05}),
+        (1, {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "repetition_penalty": 1.05}),
+        (11, {"temperature": 1.0, "top_p": 0.999}),
+        (11, {"temperature": 1.0, "min_p": 1e-9}),
+        (11, {"temperature": 1.0, "top_k": 1024}),
+    ],
+)
+def test_what_a_step_fetches_does_not_grow_with_the_vocabulary(limit: int, params: dict[str, Any]) -> None:
+    """Of 32 requests with three proposals each, at most `limit` × 100 kB come back; their rows have 10 MB."""
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((128, 20_000)).astype(np.float32))
+    places = []
+    for number in range(32):
+        request = drawing(SamplingParams(**params), [1, 2, 3], [3], np.random.default_rng(number))
+        places += places_of(4 * number, request, [4, 5, 6])
+    with watched() as watch:
+        answer = DeviceSampler(FAR).answer(far(rows), places)
+    assert (answer.tokens >= 0).all()
+    assert watch.fetched_bytes <= limit * 100_000
 
 
 WAITING = {
@@ -202,7 +245,7 @@ def test_logprobs_of_many_rows() -> None:
         history = History(rng.integers(0, VOCAB, 5)) if params.penalizes else None
         places.append(Place(row, params, history, np.random.default_rng(row), logprobs=row % 3))
     scored = [Scored(row, row % VOCAB, 2) for row in range(150, 210)]
-    answer = DeviceSampler(torch.device("cpu")).answer(torch.from_numpy(logits), places, (), scored)
+    answer = DeviceSampler(torch.device("cpu")).answer(torch.from_numpy(logits), places, scored)
     asked = [(place.row, int(token), place.row % 3) for place, token in zip(places, answer.tokens, strict=True)]
     for row, token, count in [*asked, *((each.row, each.token, each.count) for each in scored)]:
         found, (wanted,) = answer.logprob(row, token, count), row_logprobs(logits[row : row + 1], [token], count)

@@ -1,15 +1,17 @@
 """Sampled speculation has the target's distribution under every sampling option: chi-square tests with fixed seeds."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from support.drawing import drawing
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy, perfect, wrong
 
 from angelforge import LLM, SamplingParams
-from angelforge.runtime import choosing
+from angelforge.runtime import choosing, device_adjusting
 from angelforge.runtime.distribution import candidates, processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.proposals import Proposer
@@ -142,10 +144,13 @@ def exact(params):
     return found
 
 
-def whole_outputs(name, draft, depth, vocabulary=None):
+def whole_outputs(name, draft, depth, vocabulary=None, where=lambda logits: logits):
     """(counts of every output of batches of 32, their probabilities, what the draft did)"""
     engine, params = FlatEngine(), OPTIONS[name]
-    llm = LLM.from_engine(engine, draft=StubDraft(engine, draft(engine), vocabulary), speculate=depth)
+    proposing = StubDraft(engine, draft(engine), vocabulary, where=where)
+    forward = engine.forward
+    engine.forward = lambda batch: where(forward(batch))
+    llm = LLM.from_engine(engine, draft=proposing, speculate=depth)
     fixed = {"max_tokens": LENGTH, "ignore_eos": True}
     asked = [SamplingParams(**{**vars(params), **fixed, "seed": seed}) for seed in range(SEEDS)]
     wanted = exact(params)
@@ -169,6 +174,36 @@ def test_whole_outputs_have_the_targets_distribution(name, draft, depth, vocabul
     assert report.rounds > 500
     assert min(report.acceptance_by_position[:2]) > 0
     assert excess(counts, wanted) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "draft", "depth", "vocabulary"),
+    [
+        ("temperature 1", noisy, 2, None),
+        ("temperature 1", wrong, 3, [0, 2]),
+        ("penalty", perfect, 3, None),
+        ("top-p", noisy, 3, None),
+        ("all", noisy, "auto", [0, 2]),
+    ],
+)
+def test_on_a_device_too(name, draft, depth, vocabulary):
+    """There a likeliest token is proposed, and passes where it is drawn."""
+    counts, wanted, report = whole_outputs(name, draft, depth, vocabulary, torch.from_numpy)
+    assert (wanted * SEEDS >= 8).sum() >= 10
+    assert report.rounds > 500
+    assert report.acceptance_by_position[0] > 0
+    assert excess(counts, wanted) < 4
+
+
+def test_a_wrong_run_on_a_device_is_seen(monkeypatch):
+    """Proposals that are not counted where they stand before a token."""
+    places_of = device_adjusting.places_of
+    monkeypatch.setattr(
+        device_adjusting,
+        "places_of",
+        lambda first, request, proposed: [replace(each, ahead=()) for each in places_of(first, request, proposed)],
+    )
+    assert excess(*whole_outputs("presence, frequency", perfect, 3, None, torch.from_numpy)[:2]) > 8
 
 
 def test_wrong_runs_are_seen(monkeypatch):

@@ -48,7 +48,7 @@ class Far(torch.Tensor):
 
 
 class Watch(TorchDispatchMode):
-    """Counts what crosses: `fetches` (waits for the device), `sends`, `launches`, and `waits` beside the fetches."""
+    """Counts what crosses: `fetches` (waits for the device; `fetched_bytes`), `sends`, `launches`, other `waits`."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fetches, self.sends, self.launches = 0, 0, 0
+        self.fetches, self.sends, self.launches, self.fetched_bytes = 0, 0, 0, 0
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,6 +92,7 @@ class Watch(TorchDispatchMode):
             self.fetches += 1
         kwargs.pop("non_blocking", None)
         result = function(*args, **kwargs).clone()
+        self.fetched_bytes += 0 if there else result.nbytes
         return Far(result) if there else result
 
     def _copied_into(self, args: Any, near: Any, kwargs: dict[str, Any]) -> Any:

@@ -13,8 +13,9 @@ from angelforge.errors import AngelForgeError
 class StubDraft:
     """Guesses by a function of the whole sequence so far: ids [n] → logits over the target's vocabulary."""
 
-    def __init__(self, engine, guess, vocabulary=None, max_depth=16):
-        self.engine, self.guess = engine, guess
+    def __init__(self, engine, guess, vocabulary=None, max_depth=16, where=lambda logits: logits):
+        """`where` puts the logits on a device."""
+        self.engine, self.guess, self.where = engine, guess, where
         self.page_size, self.num_pages, self.max_depth = engine.page_size, engine.num_pages, max_depth
         self.vocabulary = np.arange(engine.config.vocab_size) if vocabulary is None else np.array(vocabulary)
         self.pool = np.full((engine.num_pages, engine.page_size, 2), -1)
@@ -32,7 +33,7 @@ class StubDraft:
         return self._run(batch, self.handed_on[: len(batch.input_ids)])
 
     def logits(self):
-        return self.last_logits
+        return self.where(self.last_logits)
 
     def close(self):
         self.closed = True
