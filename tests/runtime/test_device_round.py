@@ -251,3 +251,44 @@ def test_logprobs_of_many_rows() -> None:
         found, (wanted,) = answer.logprob(row, token, count), row_logprobs(logits[row : row + 1], [token], count)
         assert (found.token, [place for place, _ in found.top]) == (token, [place for place, _ in wanted.top])
         assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+
+
+FOLLOWING = {
+    "a bias": ({"logit_bias": {3: 50.0}}, {"logit_bias": {4: 50.0}}),
+    "penalties": (
+        {"repetition_penalty": 1.1, "logit_bias": {0: 0.5}},
+        {"repetition_penalty": 9.0, "frequency_penalty": 2.0, "logit_bias": {0: 0.5}},
+    ),
+    "a temperature": ({"temperature": 1e-6, "top_k": 20}, {"temperature": 1e6, "top_k": 20}),
+    "a top-k": ({"temperature": 50.0, "top_k": 20}, {"temperature": 50.0, "top_k": 1}),
+    "a top-p": ({"temperature": 50.0, "top_p": 0.99}, {"temperature": 50.0, "top_p": 1e-6}),
+}
+
+
+def two_steps(sampler: DeviceSampler, rules: dict[str, Any]) -> list[list[int]]:
+    """A new request's tokens in four rows, twice."""
+    rows = np.random.default_rng(5).standard_normal((4, VOCAB)).astype(np.float32)
+    rows[:, [7, 9]] += 4
+    request = drawing(SamplingParams(**rules), [7], [7, 7], np.random.default_rng(0))
+    places = [Place.of(row, request) for row in range(4)]
+    return [sampler.answer(torch.from_numpy(rows), places).tokens.tolist() for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
+def test_the_next_request_in_a_row_has_its_own_rules(kind: str) -> None:
+    """Nothing of the one that had the row before is left, in whichever order they come: tokens of a fresh sampler."""
+    wanted = [two_steps(DeviceSampler(torch.device("cpu")), rules) for rules in FOLLOWING[kind]]
+    assert wanted[0] != wanted[1]
+    kept = DeviceSampler(torch.device("cpu"))
+    assert [two_steps(kept, FOLLOWING[kind][turn]) for turn in (0, 1, 0)] == [wanted[0], wanted[1], wanted[0]]
+
+
+def test_lines_stay_apart_when_histories_outgrow_their_room() -> None:
+    """Two grow past 1,024 different ids: each is read where it is then, by the same two requests in the same rows."""
+    known, rng = DeviceHistories(torch.device("cpu")), np.random.default_rng(0)
+    histories = [History(rng.permutation(3000)[:1000]) for _ in range(2)]
+    for token in rng.integers(0, 3000, 120).tolist():
+        for shift, history in enumerate(histories):
+            history.add((token + shift) % 3000)
+        compare(known, histories)
+    assert all(history.size > 1024 for history in histories)
