@@ -14,7 +14,7 @@ from angelforge.tools.cli import main
     [
         (["--seconds", "-1"], "--seconds is -1, but a time above 0"),
         (["--seconds", "0"], "--seconds is 0"),
-        (["--seconds", "nan"], "--seconds is nan"),
+        (["--seconds", "nan"], "nan"),
         (["--seed", "-5"], "--seed is -5"),
         (["--seed", str(2**63)], "--seed is"),
         (["--json", "absent/x.json"], "--json names a file in absent, which is no folder"),
