@@ -268,7 +268,7 @@ FOLLOWING = {
 def two_steps(sampler: DeviceSampler, rules: dict[str, Any]) -> list[list[int]]:
     """A new request's tokens in four rows, twice."""
     rows = np.random.default_rng(5).standard_normal((4, VOCAB)).astype(np.float32)
-    rows[:, [7, 9]] += 4
+    rows[:, [7, 9]] = 6, 5
     request = drawing(SamplingParams(**rules), [7], [7, 7], np.random.default_rng(0))
     places = [Place.of(row, request) for row in range(4)]
     return [sampler.answer(torch.from_numpy(rows), places).tokens.tolist() for _ in range(2)]
