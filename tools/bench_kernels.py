@@ -12,7 +12,7 @@ import click
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.registry import OPERATORS
 from angelforge.tools.gpu_needed import require_gpu
-from angelforge.tools.options import require_writable
+from angelforge.tools.options import NUMBER, require_writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,13 @@ SECONDS = 420.0
 @click.option("--tune", is_flag=True, help="Try tiles near the default ones and write the best to --tuning.")
 @click.option("--tuning", type=click.Path(path_type=Path), default=Path("tuning.json"), show_default=True,
               help="Where --tune writes; rows that the file has of other tiles stay.")  # fmt: skip
-@click.option("--seconds", default=SECONDS, show_default=True, help="After so long, what is left is skipped and named.")
+@click.option(
+    "--seconds",
+    type=NUMBER,
+    default=SECONDS,
+    show_default=True,
+    help="After so long, what is left is skipped and named.",
+)
 @click.option("--seed", default=1, show_default=True, help="Of the random inputs.")
 @click.option("--own-only", is_flag=True, help="Leave out other engines' kernels, though they are installed.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")

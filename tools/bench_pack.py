@@ -10,13 +10,13 @@ import click
 
 from angelforge.errors import UsageError
 from angelforge.precision import Precision
-from angelforge.tools.options import json_option
+from angelforge.tools.options import NUMBER, json_option
 from angelforge.tools.output import format_bytes, print_json, print_table
 
 
 @click.command()
 @click.option(
-    "--size", "sizes", type=float, multiple=True, help="GB of the checkpoint, 0.7 at least; repeat for several."
+    "--size", "sizes", type=NUMBER, multiple=True, help="GB of the checkpoint, 0.7 at least; repeat for several."
 )
 @click.option(
     "--rounds",

@@ -6,6 +6,7 @@ import click
 
 from angelforge.errors import UsageError
 from angelforge.machine import cores
+from angelforge.tools.options import NUMBER
 
 
 def _bytes(context: click.Context, parameter: click.Parameter, value: float | None) -> int | None:
@@ -29,7 +30,7 @@ target_option = click.option("--target", default="cpu", show_default=True, help=
 kv_memory_option = click.option(
     "--kv-memory-gb",
     "kv_memory",
-    type=float,
+    type=NUMBER,
     callback=_bytes,
     help="Memory of the KV cache in GB (10⁹ bytes). Default: what is needed, at most a quarter of what is free; with "
     "TensorRT all that is left.",

@@ -17,7 +17,7 @@ from angelforge.exporter.draft_layout import require_stackable
 from angelforge.machine import gpus, memory
 from angelforge.precision import Precision
 from angelforge.targets import TARGETS, Target, get_target
-from angelforge.tools.options import json_option
+from angelforge.tools.options import NUMBER, json_option
 from angelforge.tools.output import print_json
 from angelforge.tools.plan_model import Model, read_model
 from angelforge.tools.plan_operators import check_operators
@@ -49,7 +49,7 @@ def _ranks(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option("--draft", help="Folder or Hub id of an EAGLE3 draft that goes with it.")
 @click.option("--max-tokens", default=8192, show_default=True, help="Tokens in one step.")
 @click.option("--max-batch", default=32, show_default=True, help="Sequences in one step.")
-@click.option("--memory-gb", type=float, help="Memory of one device in GB (10⁹ bytes), instead of the target's.")
+@click.option("--memory-gb", type=NUMBER, help="Memory of one device in GB (10⁹ bytes), instead of the target's.")
 @json_option
 def plan(
     checkpoint: str,

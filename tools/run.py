@@ -18,7 +18,7 @@ from angelforge.tools.engine_options import (
     tensor_parallel_option,
     threads_option,
 )
-from angelforge.tools.options import bundle_argument, json_option
+from angelforge.tools.options import NUMBER, bundle_argument, json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.run_chat import chat
 from angelforge.tools.run_text import print_outputs
@@ -40,17 +40,33 @@ DEFAULT = SamplingParams()
 @click.option("--chat", "chatting", is_flag=True, help="Talk to the model in its own chat format.")
 @click.option("--system", help="The system message of a chat.")
 @click.option("--max-tokens", default=DEFAULT.max_tokens, show_default=True, help="Tokens an output has at most.")
-@click.option("--temperature", default=DEFAULT.temperature, show_default=True, help="0: always the likeliest token.")
+@click.option(
+    "--temperature", type=NUMBER, default=DEFAULT.temperature, show_default=True, help="0: always the likeliest token."
+)
 @click.option("--top-k", default=DEFAULT.top_k, show_default=True, help="Keep the K likeliest tokens; 0: all.")
 @click.option(
-    "--top-p", default=DEFAULT.top_p, show_default=True, help="Keep the likeliest tokens that hold P; 1: all."
+    "--top-p",
+    type=NUMBER,
+    default=DEFAULT.top_p,
+    show_default=True,
+    help="Keep the likeliest tokens that hold P; 1: all.",
 )
-@click.option("--min-p", default=DEFAULT.min_p, show_default=True, help="Keep tokens P times as likely as the best.")
-@click.option("--repetition-penalty", default=DEFAULT.repetition_penalty, show_default=True, help="1: none.")
 @click.option(
-    "--presence-penalty", default=DEFAULT.presence_penalty, show_default=True, help="Of what was said; 0: none."
+    "--min-p", type=NUMBER, default=DEFAULT.min_p, show_default=True, help="Keep tokens P times as likely as the best."
 )
-@click.option("--frequency-penalty", default=DEFAULT.frequency_penalty, show_default=True, help="Of each time.")
+@click.option(
+    "--repetition-penalty", type=NUMBER, default=DEFAULT.repetition_penalty, show_default=True, help="1: none."
+)
+@click.option(
+    "--presence-penalty",
+    type=NUMBER,
+    default=DEFAULT.presence_penalty,
+    show_default=True,
+    help="Of what was said; 0: none.",
+)
+@click.option(
+    "--frequency-penalty", type=NUMBER, default=DEFAULT.frequency_penalty, show_default=True, help="Of each time."
+)
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="End the output before this text; may be given again.")
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")

@@ -13,7 +13,7 @@ import click
 from angelforge.errors import UsageError
 from angelforge.runtime.depth import Depth
 from angelforge.tools.engine_options import kv_memory_option, target_option, tensor_parallel_option, threads_option
-from angelforge.tools.options import bundle_argument, json_option
+from angelforge.tools.options import NUMBER, bundle_argument, json_option
 from angelforge.tools.output import print_json, total_progress
 from angelforge.tools.speculation_text import speculate_option
 
@@ -36,9 +36,13 @@ _KEY = "ANGELFORGE_API_KEY"
 )
 @click.option("--max-requests", default=256, show_default=True, help="Open at once; more are answered with 429.")
 @click.option("--max-batch", default=32, show_default=True, help="Requests computed at once; the others wait.")
-@click.option("--max-body-mb", default=16.0, show_default=True, help="MB (10⁶ bytes) that a request may have.")
+@click.option(
+    "--max-body-mb", type=NUMBER, default=16.0, show_default=True, help="MB (10⁶ bytes) that a request may have."
+)
 @click.option("--default-max-tokens", default=256, show_default=True, help="Of a completion that names no max_tokens.")
-@click.option("--drain-seconds", default=30.0, show_default=True, help="What open requests get when it is to end.")
+@click.option(
+    "--drain-seconds", type=NUMBER, default=30.0, show_default=True, help="What open requests get when it is to end."
+)
 @click.option("--replicas", default=1, show_default=True, help="Copies of the engine behind one address, on Ray Serve.")
 @click.option("--ray", help="Address of a running Ray, whose machines the replicas use. Default: one on this machine.")
 @speculate_option

@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from angelforge.tools.options import NUMBER
+
 SEED = 1
 MODEL_STEPS = 900
 DRAFT_STEPS = 300
@@ -23,7 +25,9 @@ BATCH = 16  # dialogues
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--threads", default=1, show_default=True, help="Processor cores to use; changes rounding.")
-@click.option("--steps", default=1.0, show_default=True, help="Share of the usual training steps, for a quick try.")
+@click.option(
+    "--steps", type=NUMBER, default=1.0, show_default=True, help="Share of the usual training steps, for a quick try."
+)
 @click.option("--only", type=click.Choice(["model", "draft"]), help="Train one of the two; the other one is there.")
 def train_toy(folder: Path, threads: int, steps: float, only: str | None) -> None:
     """Train the toy model and its draft into FOLDER/model and FOLDER/draft.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from angelforge.errors import UsageError
 
+_LONGEST = 86_400  # seconds
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -30,5 +32,8 @@ class ServerOptions:
             raise UsageError(f"The port is {self.port}, but 0 to 65535 are possible.")
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise UsageError("The API key is empty or has characters that HTTP headers cannot carry.")
-        if self.drain_seconds < 0 or self.stall_seconds <= 0:
-            raise UsageError("Seconds to drain or stall are below 0.")
+        # These also hold for nan.
+        if not 0 <= self.drain_seconds <= _LONGEST:
+            raise UsageError(f"drain_seconds is {self.drain_seconds:g}, but 0 to {_LONGEST} are possible.")
+        if not 0 < self.stall_seconds <= _LONGEST:
+            raise UsageError(f"stall_seconds is {self.stall_seconds:g}, but above 0, to {_LONGEST}, is possible.")

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import current_thread, main_thread
 
 import uvicorn
@@ -21,7 +21,8 @@ from angelforge.runtime.service import ENDED
 _KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
 _LAST_WORDS = 1  # second for the same when the server is told twice
 _ENGINE_GONE = 2.0  # seconds in which a server without an engine says so before it ends
-_AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut
+_AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut,
+_AFTER_CUTTING = 5  # and until their tasks have to have noticed
 
 
 class Server(uvicorn.Server):
@@ -34,7 +35,7 @@ class Server(uvicorn.Server):
             app,
             log_level="warning",
             access_log=False,  # a log of requests is the proxy's; nothing here writes what is asked or answered
-            timeout_graceful_shutdown=int(options.drain_seconds) + _AFTER_DRAINING,
+            timeout_graceful_shutdown=int(options.drain_seconds) + _AFTER_DRAINING + _AFTER_CUTTING,
             server_header=False,
             ws="none",
             timeout_keep_alive=_KEEP_ALIVE,
@@ -49,16 +50,22 @@ class Server(uvicorn.Server):
         """Serves until SIGTERM, SIGINT or `tell_to_end`; `listening` is called once requests are answered.
 
         Raises AngelForgeError when the engine's thread has ended by itself: what was open has an error by then, and
-        what starts the process again should.
+        what starts the process again should. UsageError when another process listens on the address already; what
+        `listening` raises, after an orderly end.
         """
         crash = asyncio.ensure_future(self._end_with_engine())
         serving = asyncio.ensure_future(self.serve([self._socket]))
-        while not self.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if listening is not None and self.started:
-            listening()
-        await serving
-        crash.cancel()
+        try:
+            with ExitStack() as failing:
+                failing.callback(self.tell_to_end)
+                while not self.started and not serving.done():
+                    await asyncio.sleep(0.01)
+                if listening is not None and self.started:
+                    listening()
+                failing.pop_all()
+        finally:
+            await serving
+            crash.cancel()
         if self.service.crashed.is_set():
             raise AngelForgeError(ENDED)
 
@@ -88,10 +95,22 @@ class Server(uvicorn.Server):
                 # Not a handler of ours: Python takes those away at its very end, and then a signal would kill it.
                 signal.signal(number, signal.SIG_IGN if self._captured_signals else handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the service and listens."""
+        for bound in sockets or ():  # `bind` says why
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise _taken(self._options.host, self._options.port, error) from None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes the door, lets the service come to an end, then the connections."""
         draining = asyncio.ensure_future(self.service.drain(self._options.drain_seconds))
+        cutting = asyncio.get_running_loop().call_later(self._options.drain_seconds + _AFTER_DRAINING, self._cut)
         await super().shutdown(sockets)
+        cutting.cancel()
         draining.cancel()
         if self.force_exit:  # a second interrupt: uvicorn leaves the application as it is, but the LLM is closed next
             await self.lifespan.shutdown()
@@ -99,19 +118,31 @@ class Server(uvicorn.Server):
                 await asyncio.wait(tasks, timeout=_LAST_WORDS)
             logging.getLogger("uvicorn.error").disabled = True  # what is left is cut, which is no error any more
 
+    def _cut(self) -> None:
+        """Closes the connections whose clients do not read what was sent; their requests have ended."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that is bound but refuses connections until a server listens; the system chooses a port for 0.
 
-    Raises UsageError if that cannot be: before a model is loaded for minutes.
+    No other process can bind the address meanwhile. Raises UsageError if that cannot be: before a model is loaded for
+    minutes.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # It lets us bind where connections of a server that has ended still fade away, but another process as well, as
+        # long as nobody listens: not before the server does, whose connections have to have it.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
-        raise UsageError(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Choose another --host or --port."
-        ) from None
+        raise _taken(host, port, error) from None
     return bound
+
+
+def _taken(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(f"{host}:{port} cannot be listened on: {error.strerror}. Choose another --host or --port.")

@@ -5,7 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 import angelforge
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.tools import cli
+from angelforge.tools.options import NUMBER
 
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "numpy", "torch", "rich", "huggingface_hub", "tokenizers")
 COMMANDS = cli.main.list_commands(click.Context(cli.main))
@@ -142,6 +143,30 @@ def test_wrong_options(failing: Run, args: tuple[str, ...]) -> None:
         result = failing(AngelForgeError("never reached"), *order)
         assert result.exit_code == 2
         assert args[0] in json.loads(result.stdout)["error"] or "many" in json.loads(result.stdout)["error"]
+
+
+def commands(group: click.Group) -> Iterator[click.Command]:
+    """All of a group, those of groups in it too."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+def test_numbers_are_finite() -> None:
+    """No option takes `nan` or `inf`."""
+    numbers = 0
+    for command in commands(cli.main):
+        for option in command.params:
+            if isinstance(option.type, click.types.FloatParamType):
+                assert option.type is NUMBER, f"{command.name} {option.opts}"
+                numbers += 1
+    assert numbers > 10
+    for text in ("nan", "inf", "-inf", "1e999", "three"):
+        with pytest.raises(click.BadParameter, match=r"not a (finite number|valid float)"):
+            NUMBER.convert(text, None, None)
+    assert NUMBER.convert("1e3", None, None) == 1000
 
 
 def test_unknown_command() -> None:

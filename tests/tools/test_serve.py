@@ -1,7 +1,9 @@
 """`angelforge serve` on the command line: what it prints, what it refuses, how it ends."""
 
+import asyncio
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,10 +16,13 @@ from pathlib import Path
 import httpx2
 import pytest
 from click.testing import CliRunner
-from support.http_server import build_toy, wait_until
+from support.http_server import build_toy, served, wait_until
 
+from angelforge.errors import UsageError
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.server.options import ServerOptions
+from angelforge.runtime.server.run import Server, bind
 from angelforge.tools.cli import main
 
 COMMAND = [sys.executable, "-m", "angelforge.tools", "serve"]
@@ -108,7 +113,10 @@ def test_interrupted_again_and_again(toy: Path, pause: float) -> None:
         (("--max-requests", "0"), "max_requests"),
         (("--host", "256.256.256.256"), "cannot be listened on"),
         (("--api-key-file", "/not/there"), "no such file"),
-        (("--drain-seconds", "-1"), "below 0"),
+        (("--drain-seconds", "-1"), "0 to 86400 are possible"),
+        (("--drain-seconds", "1e300"), "0 to 86400 are possible"),
+        (("--drain-seconds", "nan"), "not a finite number"),
+        (("--max-body-mb", "inf"), "not a finite number"),
     ],
 )
 def test_what_makes_no_sense_is_refused(toy: Path, options: tuple[str, ...], told: str) -> None:
@@ -125,6 +133,74 @@ def test_a_port_that_is_taken(toy: Path) -> None:
         result = CliRunner().invoke(main, ["serve", "/not/a/bundle", "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 2
     assert "in use" in result.stderr
+
+
+def test_a_port_that_a_server_still_loads_for() -> None:
+    """Another one is refused at once; when the first has ended, a next can bind beside its last connections."""
+    bound = bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    with bound, pytest.raises(UsageError, match="in use"):
+        bind("127.0.0.1", port)
+    with bind("127.0.0.1", port):
+        pass
+
+
+def test_a_restart_while_the_last_connections_fade_away(toy: Path) -> None:
+    """They do when the server was the one that closed them."""
+    with LLM(toy, threads=1) as llm:
+        with served(llm) as running, socket.create_connection(running.bound.getsockname()) as kept:
+            port = running.bound.getsockname()[1]
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert kept.recv(100).startswith(b"HTTP/1.1 200")
+            running.server.tell_to_end()
+            while kept.recv(100):
+                pass
+            running.thread.join()
+        with pytest.raises(OSError, match="in use"), socket.socket() as strict:
+            strict.bind(("127.0.0.1", port))
+        bind("127.0.0.1", port).close()
+
+
+def test_another_process_that_is_faster(toy: Path) -> None:
+    """It listens there when the model is loaded; the service ends in order."""
+    with LLM(toy, threads=1) as llm, socket.socket() as faster:
+        bound = bind("127.0.0.1", 0)
+        server = Server(llm, ServerOptions("toy"), bound)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        faster.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        faster.bind(bound.getsockname())
+        faster.listen()
+        with bound, pytest.raises(UsageError, match="in use"):
+            asyncio.run(server.run_until_told())
+        assert not server.service._thread.is_alive()
+
+
+@pytest.mark.parametrize(("redirect", "told"), [("| true", ""), ("> /dev/full", "error: no space left on device.")])
+def test_where_its_address_cannot_be_written(toy: Path, redirect: str, told: str) -> None:
+    """It ends with a sentence at most."""
+    command = f"{shlex.join(COMMAND)} {shlex.quote(str(toy))} --port 0 --threads 1 {redirect}"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert result.stderr.startswith(told)
+    assert (result.stderr == "") == (told == "")
+    assert "Traceback" not in result.stderr
+
+
+def test_nobody_reads_its_last_words(toy: Path) -> None:
+    """A stream that is not read when the server is told to end is cut, which is nothing to complain of."""
+    body = {"model": "bundle", "prompt": "a", "n": 16, "max_tokens": 490, "ignore_eos": True, "logprobs": 5}
+    content = json.dumps(body | {"stream": True}).encode()
+    command = [*COMMAND, str(toy), "--port", "0", "--json", "--threads", "1", "--drain-seconds", "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        url = told_by(server)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            connection.recv(100)
+            server.send_signal(signal.SIGTERM)
+            output, errors = server.communicate(timeout=60)
+    assert (server.returncode, output, errors) == (0, "", "")
 
 
 @pytest.mark.parametrize(("content", "told"), [("", "no key"), (" \n", "no key"), ("ключ\n", "not ASCII")])

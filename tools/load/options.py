@@ -12,6 +12,7 @@ import click
 
 from angelforge.errors import UsageError
 from angelforge.tools.load.prompts import Ask, read_dataset, synthetic
+from angelforge.tools.options import NUMBER
 
 
 def _concurrencies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ _OPTIONS = (
         "--output-tokens", type=_COUNT, default=128, show_default=True, help="At most with a dataset, else exactly."
     ),
     click.option("--requests", type=_COUNT, help="For each figure. Default: twice the concurrency, at least 8."),
-    click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token."),
+    click.option("--temperature", type=NUMBER, default=0.0, show_default=True, help="0: always the likeliest token."),
     click.option("--plot", type=_PATH, callback=_page, help="Write curves to this HTML file."),
 )
 
