@@ -22,7 +22,11 @@ from angelforge.tools.validate_options import (
 @click.command()
 @click.argument("subject", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--engine", default="cpu", show_default=True, help="A target's engine, `kernels`, or `cuda`.")
-@click.option("--reference", metavar="REF", help="Also numpy:CHECKPOINT, transformers:CHECKPOINT or MODULE:FUNCTION.")
+@click.option(
+    "--reference",
+    metavar="REF",
+    help="Also numpy:CHECKPOINT (the draft's with --draft), transformers:CHECKPOINT or MODULE:FUNCTION.",
+)
 @click.option("--against", metavar="OTHER", help="Precision study: fp32, another bundle, or a checkpoint.")
 @click.option("--layer-by-layer", "by_layer", is_flag=True, help="Run each layer with the judge's inputs.")
 @click.option("--operator-by-operator", "by_operator", is_flag=True, help="Run each operator with the judge's inputs.")
@@ -106,7 +110,7 @@ def _bundle(
     with total_progress("validate", "layers") as report:
         by_layer, by_operator, draft = modes
         if draft:
-            result = run_draft(subject, engine, data, report)
+            result = run_draft(subject, engine, reference, data, report)
         else:
             result = run_job(Job(subject, engine, reference, by_layer, by_operator, layers, data), report)
     judged = None if result.ok else verdict(result)

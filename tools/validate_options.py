@@ -32,7 +32,7 @@ def refuse_for_study() -> None:
 
 def refuse_for_draft() -> None:
     """A draft is compared operator by operator; raises UsageError for an option of the target's comparison."""
-    others = (name for name in _COMPARED if name not in ("engine", "draft"))
+    others = (name for name in _COMPARED if name not in ("engine", "draft", "reference"))
     _refuse(others, "does not go with --draft, whose engine is compared operator by operator. Leave one of them out.")
 
 

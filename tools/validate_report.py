@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def print_validation(result: Validation, html: Path | None, judged: Verdict | None) -> None:
     """Figures, the first diverging tensor, and of a failure what to type next."""
-    click.echo(f"{result.subject} in {result.precision}, engine {result.engine}; {result.data}")
+    click.echo(f"{result.title} in {result.precision}, engine {result.engine}; {result.data}")
     for whole in result.wholes:
         figures = whole.summary()
         click.echo(f"{whole.found} beside {whole.expected}:")
@@ -35,7 +35,8 @@ def print_validation(result: Validation, html: Path | None, judged: Verdict | No
                 click.echo(f"  {told}: relative error at most {worst.error:.2e} ({worst.place})")
     _print_findings("layers, each with the judge's inputs", result.layers)
     _print_findings("operators, each with the judge's inputs", result.operators)
-    _print_findings("half layers of the bundle beside the reference", result.halves)
+    told = "tensors of the draft" if result.draft else "half layers of the bundle"
+    _print_findings(f"{told} beside the reference", result.halves)
     if result.first is not None:
         for line in describe(result.first):
             click.echo(line)

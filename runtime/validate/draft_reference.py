@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
 from angelforge.runtime.validate.reference import Trace, causal_attention, rms_norm, rotate, sigmoid
 
 Array = NDArray[Any]
@@ -42,9 +40,9 @@ class DraftReference:
         """`config` is the draft's config.json, `embedding` [vocab, hidden] the target's."""
         self.config = config
         self.dtype = np.dtype(dtype)
-        self.embedding = embedding.astype(self.dtype)
+        self.embedding = embedding
         self.heads: int = config["num_attention_heads"]
-        self.kv_heads: int = config["num_key_value_heads"]
+        self.kv_heads: int = config.get("num_key_value_heads") or self.heads
         self.head_dim: int = config.get("head_dim") or config["hidden_size"] // self.heads
         self._tensors = tensors
         self._keys = self._values = np.zeros((0, self.kv_heads, self.head_dim), self.dtype)
@@ -62,7 +60,11 @@ class DraftReference:
     def first_hidden(self, trace: Trace) -> Array:
         """[T, hidden] = fc(the residual streams after the captured layers), from what the target's reference traced."""
         layers = self.captured_layers(len(trace.residuals) - 1)
-        states = [trace.residuals[layer + 1].astype(self.dtype) for layer in layers]
+        return self.project([trace.residuals[layer + 1] for layer in layers])
+
+    def project(self, states: Sequence[Array]) -> Array:
+        """[T, hidden] = fc(the captured states [T, H] side by side), each normed where the draft has `fc_norm`."""
+        states = [state.astype(self.dtype) for state in states]
         if self.config.get("fc_norm"):
             states = [self._norm(state, f"fc_norm.{i}.weight") for i, state in enumerate(states)]
         return self._linear(np.concatenate(states, axis=1), "fc.weight")
@@ -77,7 +79,7 @@ class DraftReference:
         residual = np.asarray(hidden, self.dtype)
         x = np.concatenate(
             [
-                self._norm(self.embedding[ids], "midlayer.input_layernorm.weight"),
+                self._norm(self.embedding[ids].astype(self.dtype), "midlayer.input_layernorm.weight"),
                 self._norm(residual, "midlayer.hidden_norm.weight"),
             ],
             axis=1,
@@ -108,7 +110,8 @@ class DraftReference:
         def heads(part: str) -> Array:
             return self._linear(x, f"midlayer.self_attn.{part}_proj.weight").reshape(len(x), -1, self.head_dim)
 
-        theta = float(self.config.get("rope_theta") or 10000.0)
+        elsewhere = (self.config.get("rope_parameters") or {}).get("rope_theta")
+        theta = float(self.config.get("rope_theta") or elsewhere or 10000.0)
         pairs = np.arange(self.head_dim // 2)
         angles = positions[:, None] * theta ** (-2.0 * pairs / self.head_dim)
         cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
@@ -131,13 +134,7 @@ class DraftReference:
         return np.asarray(x @ self._tensor(name).T)
 
     def _norm(self, x: Array, name: str) -> Array:
-        return rms_norm(x, self._tensor(name), self.config["rms_norm_eps"])
+        return rms_norm(x, self._tensor(name), self.config.get("rms_norm_eps") or 1e-6)
 
     def _tensor(self, name: str) -> Array:
         return np.asarray(self._tensors(name)).astype(self.dtype)
-
-
-def load_draft_reference(folder: str | Path, target: str | Path) -> DraftReference:
-    """The reference of a draft's checkpoint folder, for the target in the checkpoint folder `target`."""
-    embedding = checkpoint_tensors(Path(target))("model.word_embeddings.weight")
-    return DraftReference(checkpoint_config(Path(folder)), checkpoint_tensors(Path(folder)), embedding)

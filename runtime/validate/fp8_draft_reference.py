@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 
 from angelforge.runtime.validate.draft_reference import DraftReference
 from angelforge.runtime.validate.fp8_reference import quantised_activation, quantised_weight
-from angelforge.runtime.validate.plain_checkpoint import checkpoint_config, checkpoint_tensors
 
 Array = NDArray[Any]
 
@@ -56,9 +54,3 @@ class Fp8DraftReference(DraftReference):
             ends = np.cumsum([len(weight) for weight in weights])
             self._made |= dict(zip(names, np.split(rounded, ends[:-1]), strict=True))
         return self._made[name]
-
-
-def load_fp8_draft_reference(folder: str | Path, target: str | Path) -> Fp8DraftReference:
-    """The FP8 reference of a draft's checkpoint folder, FP8 or not, for the target in the folder `target`."""
-    embedding = checkpoint_tensors(Path(target))("model.word_embeddings.weight")
-    return Fp8DraftReference(checkpoint_config(Path(folder)), checkpoint_tensors(Path(folder)), embedding)

@@ -29,6 +29,11 @@ class Validation:
     draft: bool = False  # of the bundle's draft
 
     @property
+    def title(self) -> str:
+        """What was compared, in words."""
+        return f"the draft of {self.subject}" if self.draft else self.subject
+
+    @property
     def ok(self) -> bool:
         """Whether everything that is judged is within its limit."""
         return all(whole.ok for whole in self.wholes) and all(
@@ -45,7 +50,7 @@ class Validation:
         """For machines; numbers that JSON cannot hold are null."""
         value = {
             "ok": self.ok,
-            "subject": self.subject,
+            "subject": self.title,
             "precision": self.precision,
             "engine": self.engine,
             "data": self.data,

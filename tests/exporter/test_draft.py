@@ -10,6 +10,7 @@ import onnx
 import pytest
 from support.built import make_bundle, relative_error
 from support.bundles import folder_tensors
+from support.draft_references import load_draft_reference
 
 from angelforge.bundle import Bundle
 from angelforge.dtypes import DType
@@ -23,7 +24,7 @@ from angelforge.runtime.batch import INPUTS
 from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from angelforge.runtime.packing import Piece, pack
-from angelforge.runtime.validate.draft_reference import DraftReference, load_draft_reference
+from angelforge.runtime.validate.draft_reference import DraftReference
 from angelforge.runtime.validate.reference import load_reference
 
 TOLERANCE = 2e-5

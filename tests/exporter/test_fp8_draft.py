@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from support.built import relative_error
 from support.bundles import folder_tensors
+from support.draft_references import load_draft_reference, load_fp8_draft_reference
 
 from angelforge import LLM, SamplingParams
 from angelforge.bundle import Bundle
@@ -25,8 +26,7 @@ from angelforge.precision import Precision
 from angelforge.runtime.onnxruntime_draft import OnnxRuntimeDraft
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from angelforge.runtime.packing import Piece, pack
-from angelforge.runtime.validate.draft_reference import DraftReference, DraftStep, load_draft_reference
-from angelforge.runtime.validate.fp8_draft_reference import load_fp8_draft_reference
+from angelforge.runtime.validate.draft_reference import DraftReference, DraftStep
 from angelforge.runtime.validate.plain_checkpoint import checkpoint_tensors
 from angelforge.tools.cli import main
 from angelforge.tools.toy import DRAFT, MODEL

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from support.agreement import Agreement, agreement
 from support.built import Sequences, make_bundle
 
 from angelforge.bundle import Bundle
@@ -20,7 +21,6 @@ from angelforge.engines.widen import widen_activations
 from angelforge.exporter.export import ExportOptions
 from angelforge.precision import Precision
 from angelforge.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from angelforge.runtime.validate.agreement import Agreement, agreement
 from angelforge.runtime.validate.fp8_reference import Fp8Reference, load_fp8_reference
 from angelforge.runtime.validate.reference import Reference, load_reference
 

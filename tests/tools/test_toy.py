@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.draft_references import load_draft_reference
 
 from angelforge.checkpoint import Checkpoint
 from angelforge.config import ModelConfig
 from angelforge.draft_checkpoint import DraftCheckpoint
 from angelforge.draft_config import DraftConfig
 from angelforge.exporter.synthetic_draft import small_draft_config, write_draft
-from angelforge.runtime.validate.draft_reference import DraftReference, load_draft_reference
+from angelforge.runtime.validate.draft_reference import DraftReference
 from angelforge.runtime.validate.reference import Reference, load_reference
 from angelforge.tools.toy import DRAFT, MODEL
 from angelforge.tools.toy.complaints import COMPLAINTS
