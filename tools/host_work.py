@@ -23,6 +23,7 @@ from angelforge.runtime.device import open_device
 from angelforge.runtime.device_adjusting import Place
 from angelforge.runtime.device_round import Round, Scored
 from angelforge.runtime.device_sampling import Answer, DeviceSampler
+from angelforge.runtime.history import History
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.packing import Padding
@@ -46,6 +47,7 @@ class Timed:
     steps: list[float] = field(default_factory=list)  # whole, without the arithmetic of sampling
     launches: list[float] = field(default_factory=list)  # of it: size, padding, copy, launch of the captured step
     draws: list[float] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)  # not of it: handing out what a device would compute for samples
     idle: list[float] = field(default_factory=list)  # of it: what a GPU waits for, from a step's end to the next launch
     bound: float = 0.0  # for binding the engine's tensors to one captured size, once
 
@@ -161,6 +163,8 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     stepper = Stepper(engine, limits, None, Chooser(here, there))
     _start(llm, stepper, batch, prompt, limit)
     found = Timed(bound=1e6 * engine.bound)
+    if there.device.type == "cpu" and not on_host:  # on a GPU they are in what is measured
+        found.calls = time_calls(batch, steps)
     outbox: deque[Delta] = next(iter(stepper.scheduler.running)).outbox
     for _ in range(steps):
         outbox.clear()
@@ -175,25 +179,50 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
     return found
 
 
+def time_calls(batch: int, steps: int) -> list[float]:
+    """µs that a step's torch calls for sampling take to hand out, with the rules that are measured.
+
+    On tensors of a few numbers of the CPU, so that next to nothing is computed. A GPU's driver takes its own time.
+    """
+    sampler, rng, found = DeviceSampler(torch.device("cpu")), np.random.default_rng(0), []
+    logits, few = torch.from_numpy(rng.standard_normal((batch, 64), np.float32)), np.arange(4)
+    places = [Place(row, _params(row, 1), History(few, few[:1]), rng) for row in range(batch)]
+    for _ in range(steps + 10):
+        for place in places:
+            assert place.history is not None
+            place.history.add(1)  # as each step does
+        round_ = Round(logits.shape, places, ())
+        packed = sampler.prepare(round_)
+        begin = perf_counter()
+        parcel = round_.compute(logits, packed, sampler.histories)
+        found.append(1e6 * (perf_counter() - begin))
+        parcel.fetch()
+    return found[10:]
+
+
+def _params(index: int, limit: int) -> SamplingParams:
+    """Everything at once."""
+    return SamplingParams(
+        max_tokens=limit,
+        ignore_eos=True,
+        temperature=0.8,
+        top_k=50,
+        top_p=0.95,
+        repetition_penalty=1.05,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        seed=index,
+        stop=("\n\nUser:", "###", "</answer>"),
+    )
+
+
 def _start(llm: LLM, stepper: Stepper, batch: int, prompt: int, limit: int) -> None:
     """Requests that ask for everything, until all of them decode."""
     rng = np.random.default_rng(2)
     outbox: deque[Delta] = deque()
     for index in range(batch):
-        params = SamplingParams(
-            max_tokens=limit,
-            ignore_eos=True,
-            temperature=0.8,
-            top_k=50,
-            top_p=0.95,
-            repetition_penalty=1.05,
-            presence_penalty=0.3,
-            frequency_penalty=0.2,
-            seed=index,
-            stop=("\n\nUser:", "###", "</answer>"),
-        )
         ids = rng.integers(256, VOCAB - 1, prompt).tolist()
-        stepper.add(llm.make_request(ids, params, outbox, index=index))
+        stepper.add(llm.make_request(ids, _params(index, limit), outbox, index=index))
     while stepper.scheduler.waiting or any(request.computed < prompt for request in stepper.scheduler.running):
         stepper.step()
     for _ in range(20):

@@ -19,7 +19,8 @@ def test_each_batch_is_told() -> None:
     assert [(row["batch"], row["goal"]) for row in rows] == [(1, 200.0), (3, None)]
     for row in rows:
         assert 0 < row["launch"] + row["ask"] < row["host"] <= row["slow"]
-        assert row["least"] <= row["host"]
+        assert row["least"] <= row["host"] < row["all"]
+        assert row["all"] == pytest.approx(row["host"] + row["calls"])
         assert row["launch"] < row["idle"] < row["host"]
         assert min(row["numpy"], row["bound"]) > 0
     result = CliRunner().invoke(main, arguments)
