@@ -57,8 +57,13 @@ class Runner:
     def capture(self) -> None:
         """Captures every bucket, each in a context of its own, after one run on padding alone.
 
-        A first run loads kernels and sets up what TensorRT puts off, which must not happen within a capture.
+        A first run loads kernels and sets up what TensorRT puts off, which must not happen within a capture. Raises
+        AngelForgeError where TensorRT or the device fails.
         """
+        with explained_gpu():
+            self._capture()
+
+    def _capture(self) -> None:
         self._device.follow(self._stream, None)  # which clears the pool
         for bucket in self._buckets.captured:
             layout = layout_of(bucket.size)
