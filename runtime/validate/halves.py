@@ -130,7 +130,8 @@ class Halves:
             check = _compare(None, EMBEDDING, found, expected, np.ones(len(part), bool), None)
             worst = tuple(Worst((int(part[w.index[0]]), *w.index[1:]), w.expected, w.found) for w in check.result.worst)
             # Rows are copied: each is judged by its own largest value.
-            row, ok = by_row(found, expected), bool(by_row(found, expected) <= check.limit)
+            row = float(by_row(found, expected).max())
+            ok = row <= check.limit
             note = "rows are token ids" if ok else f"{row:.2e} of the largest value of a row; rows are token ids"
             checks.append(replace(check, result=replace(check.result, worst=worst), ok=check.ok and ok, note=note))
         return replace(max(checks, key=lambda c: (not c.ok, c.result.relative_error)), tokens=len(ids))

@@ -55,20 +55,18 @@ def difference(found: Array, expected: Array, most: int = 3) -> Difference:
     return Difference(tuple(wanted.shape), top, relative, _cosine(had, wanted), float((~same).mean()), worst)
 
 
-def by_row(found: Array, expected: Array) -> float:
-    """The largest error of a row [...] of [T, ...] over that row's largest |expected|; infinite where not finite.
+def by_row(found: Array, expected: Array) -> Array:
+    """f64 [T]: the largest error of each row [...] of [T, ...] over that row's largest |expected|, two of equal shape.
 
-    A tensor's relative error is blind where one token is far larger than the others.
+    A tensor's relative error is blind where one token is far larger than the others. Infinite where not finite.
     """
     had, wanted = (np.asarray(a).astype(np.float64).reshape(len(a), -1) for a in (found, expected))
-    if had.shape != wanted.shape:
-        return float("inf")
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         error = np.where((had == wanted) | (np.isnan(had) & np.isnan(wanted)), 0.0, np.abs(had - wanted))
         top = error.max(axis=1, initial=0.0)
         largest = np.abs(np.where(np.isfinite(wanted), wanted, 0.0)).max(axis=1, initial=0.0)
         rows = np.where(top == 0, 0.0, top / largest)
-    return float(np.where(np.isnan(rows), np.inf, rows).max(initial=0.0))
+    return np.where(np.isnan(rows), np.inf, rows)
 
 
 def _largest(error: Array, most: int) -> list[tuple[int, ...]]:

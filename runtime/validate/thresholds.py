@@ -31,6 +31,8 @@ class Thresholds:
     tie: float  # experts may differ where the router's decision was closer than this
 
 
+BY_ROW = 2.0  # times an operator's limit: an error over the largest value of its own token, where rows are tokens
+
 F32 = Thresholds(2e-5, 2e-5, 0.0, 0.0, 2e-5, 2e-5, 2e-5, 0.5, 2.0, 1e-5)
 BF16 = Thresholds(8e-3, 2e-5, 0.0, 0.0, 3e-2, None, 3e-2, 0.5, 2.0, 1e-5)
 FP8_IN_F32 = Thresholds(2e-5, 2e-5, 1e-2, 0.08, None, None, 0.08, 0.5, 2.0, 1e-5)

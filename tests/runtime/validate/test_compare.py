@@ -1,5 +1,6 @@
 """What counts as a difference: experts are sets, ties may fall either way, parts of attention are joined."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,7 +10,7 @@ from angelforge.runtime.batch import Batch
 from angelforge.runtime.packing import Piece, pack
 from angelforge.runtime.validate.compare import Scene, attended, compare_operation
 from angelforge.runtime.validate.operations import JudgeGraph, Operation
-from angelforge.runtime.validate.thresholds import F32, FP8_IN_F32
+from angelforge.runtime.validate.thresholds import BF16, F32, FP8_IN_F32
 
 ROUTE = {"top_k": 2, "n_group": 1, "topk_group": 1, "num_shared_experts": 0, "routed_scaling_factor": 1.0}
 ROUTER = Operation("layer 1", "MoERoute", ("logits",), ("bias",), ("ids", "weights", "bits"), ("logits", "bias"), ROUTE)
@@ -67,6 +68,24 @@ def test_routed_padding_is_told() -> None:
     assert "1 padding rows are routed" in first.note
 
 
+@pytest.mark.parametrize("largest", [1.0, 3000.0])
+def test_a_massive_activation_hides_no_token(largest: float) -> None:
+    """Of one token an element is 3000: that the addend of the others is dropped is less than 1e-3 of that."""
+    rng = np.random.default_rng(0)
+    residual, addend = rng.standard_normal((2, 12, 64)).astype(np.float32)
+    residual[5, 7] = largest
+    operation = Operation("layer 1", "AddNorm", ("residual", "addend"), (), ("sum",), (), {})
+    judge = scene(12, BF16, sum=ir.DataType.BFLOAT16)
+    judge.judge.shapes["sum"] = ir.Shape(["T", 64])
+    expected = {"residual": residual, "addend": addend, "sum": residual + addend}
+    stored = {"sum": expected["sum"].astype(ml_dtypes.bfloat16)}
+    assert compare_operation(operation, stored, expected, judge)[0].ok
+    (dropped,) = compare_operation(operation, {"sum": residual}, expected, judge)
+    assert not dropped.ok
+    assert ("of the largest value of token" in dropped.note) is (largest > 1)
+    assert largest == 1 or 5 not in {worst.index[0] for worst in dropped.result.worst}
+
+
 def test_parts_of_attention_are_joined() -> None:
     """Keys split over two parts give what undivided attention gives."""
     given = attention_inputs(Call(((5, 3),)), Shape())
@@ -86,8 +105,6 @@ def test_parts_of_attention_are_joined() -> None:
 
 def test_quantised_tensors_may_take_single_steps() -> None:
     """One e4m3 value in two hundred beside its neighbour is rounding; every tenth is not, nor is another scale."""
-    import ml_dtypes
-
     operation = Operation("", "NormQuantize", (), (), ("codes", "scales"), (), {})
     codes = np.full((2, 128), 1.5, np.float32).astype(ml_dtypes.float8_e4m3fn)
     scales = np.ones((2, 1), np.float32)
