@@ -7,7 +7,7 @@ logits and rules alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,11 @@ class Rules:
     every_nucleus_sorted: bool  # each row with top-p has a top-k, too
     nucleus: bool  # some row has a top-p
     floor: bool  # some row has a min-p
+
+    def part(self, begin: int, end: int) -> Rules:
+        """Of some of the rows."""
+        columns = ("temperature", "top_k", "top_p", "min_p")
+        return replace(self, **{name: getattr(self, name)[begin:end] for name in columns})
 
 
 def kept_weights(x: torch.Tensor, best: torch.Tensor, rules: Rules) -> torch.Tensor:

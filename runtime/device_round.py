@@ -26,6 +26,8 @@ from angelforge.runtime.device_transfer import Packed, Parcel
 from angelforge.runtime.sampler import is_argmax
 from angelforge.runtime.sampling import SamplingParams
 
+_ROWS = 64  # that are drawn from at once: the running sums alone take twice the memory of their logits
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -188,11 +190,15 @@ def rules_of(packed: Packed, params: Sequence[SamplingParams], vocab: int) -> Ru
 
 def draw_from_all(x: torch.Tensor, packed: Packed, places: Sequence[Place]) -> torch.Tensor:
     """Ids int64 [n] on the device, drawn from all that the rules keep in the rows of `x` f32 [n, vocab]; −1: none."""
-    rules = rules_of(packed, [place.params for place in places], x.shape[1])
-    best = x.argmax(1, keepdim=True)
-    drawn = draw_rows(kept_weights(x, best, rules), best, packed["uniform"].unsqueeze(1))
-    chosen = torch.where(rules.temperature > 0, drawn, best)
-    return chosen.masked_fill(~(x.gather(1, best).abs() < torch.inf), -1).squeeze(1)
+    rules, drawn = rules_of(packed, [place.params for place in places], x.shape[1]), []
+    for begin in range(0, x.shape[0], _ROWS):
+        some, of_some = x[begin : begin + _ROWS], rules.part(begin, begin + _ROWS)
+        best = some.argmax(1, keepdim=True)
+        uniform = packed["uniform"][begin : begin + _ROWS].unsqueeze(1)
+        ids = draw_rows(kept_weights(some, best, of_some), best, uniform)
+        ids = torch.where(of_some.temperature > 0, ids, best)
+        drawn.append(ids.masked_fill(~(some.gather(1, best).abs() < torch.inf), -1).squeeze(1))
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def _asking(places: Iterable[Place]) -> list[int]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.far_device import far, watched
 
-from angelforge.runtime import device_distribution, device_largest
+from angelforge.runtime import device_distribution, device_largest, device_round
 from angelforge.runtime.device_adjusting import Place, Standing, adjusted_rows, pack_adjustments, places_of
 from angelforge.runtime.device_distribution import draw_rows, kept_weights
 from angelforge.runtime.device_history import DeviceHistories
@@ -254,6 +254,20 @@ def test_a_token_does_not_depend_on_the_rows_beside_it(
         alone = sample_on_device(there(logits[:1]), [replace(request, rng=np.random.default_rng(5))])
         requests = [replace(each, rng=np.random.default_rng(5)) for each in (request, *beside)]
         assert sample_on_device(there(logits), requests)[0] == alone[0]
+
+
+def test_many_rows_are_drawn_from_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens are those of all rows at once."""
+    logits = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    kinds: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 3.0, "top_k": 60}, {"temperature": 9.0}]
+    found = []
+    for rows in (64, 3):
+        monkeypatch.setattr(device_round, "_ROWS", rows)
+        monkeypatch.setattr(device_largest, "MOST", 50)
+        fresh = [replace(asking(**kinds[row % 3]), rng=np.random.default_rng(row)) for row in range(7)]
+        found.append(sample_on_device(logits, fresh).tolist())
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 2
 
 
 def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
