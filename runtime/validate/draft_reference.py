@@ -74,8 +74,24 @@ class DraftReference:
 
         What was remembered of these positions and later ones is forgotten.
         """
+        self._keys, self._values = self._keys[:start], self._values[:start]
+        return self._pass(next_ids, hidden, np.arange(start, start + len(next_ids)))
+
+    def apart(self, next_ids: Array, hidden: Array, sequences: Array) -> DraftStep:
+        """One step of several sequences side by side from their beginnings on; nothing is remembered.
+
+        `sequences` [T] tells whose each token is; those of one stand together.
+        """
+        _, first, inverse = np.unique(sequences, return_index=True, return_inverse=True)
+        self._keys, self._values = self._keys[:0], self._values[:0]
+        made = self._pass(next_ids, hidden, np.arange(len(next_ids)) - first[inverse], sequences)
+        self._keys, self._values = self._keys[:0], self._values[:0]
+        return made
+
+    def _pass(
+        self, next_ids: Sequence[int] | Array, hidden: Array, positions: Array, sequences: Array | None = None
+    ) -> DraftStep:
         ids = np.asarray(next_ids, np.int64)
-        positions = np.arange(start, start + len(ids))
         residual = np.asarray(hidden, self.dtype)
         x = np.concatenate(
             [
@@ -84,7 +100,7 @@ class DraftReference:
             ],
             axis=1,
         )
-        h = residual + self._attention(x, positions)
+        h = residual + self._attention(x, positions, sequences)
         h = h + self._mlp(self._norm(h, "midlayer.post_attention_layernorm.weight"))
         normed = self._norm(h, "norm.weight")
         logits = self._linear(normed, "lm_head.weight")
@@ -106,7 +122,7 @@ class DraftReference:
                 made = self.step(guessed[-1:], made.hidden[-1:], len(ids) - 2 + len(guessed))
         return guessed
 
-    def _attention(self, x: Array, positions: Array) -> Array:
+    def _attention(self, x: Array, positions: Array, sequences: Array | None) -> Array:
         def heads(part: str) -> Array:
             return self._linear(x, f"midlayer.self_attn.{part}_proj.weight").reshape(len(x), -1, self.head_dim)
 
@@ -116,12 +132,11 @@ class DraftReference:
         angles = positions[:, None] * theta ** (-2.0 * pairs / self.head_dim)
         cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
         query, key = rotate(heads("q"), cos, sin), rotate(heads("k"), cos, sin)
-        before = int(positions[0])
-        self._keys = np.concatenate([self._keys[:before], key])
-        self._values = np.concatenate([self._values[:before], heads("v")])
+        before = len(self._keys)
+        self._keys, self._values = np.concatenate([self._keys, key]), np.concatenate([self._values, heads("v")])
         # The queries come after `before` others: empty ones stand for those, and their results are dropped.
         padded = np.concatenate([np.zeros((before, *query.shape[1:]), self.dtype), query])
-        out = causal_attention(padded, self._keys, self._values, np.arange(len(padded)))[before:]
+        out = causal_attention(padded, self._keys, self._values, np.arange(len(padded)), sequences)[before:]
         return self._linear(out.reshape(len(x), -1), "midlayer.self_attn.o_proj.weight")
 
     def _mlp(self, x: Array) -> Array:

@@ -22,7 +22,7 @@ from angelforge.runtime.draft_vocabulary import read_vocabulary
 from angelforge.runtime.validate.compare import Finding
 from angelforge.runtime.validate.cutting import Array, OrtPiece, Values, cut
 from angelforge.runtime.validate.data import Schedule, schedule
-from angelforge.runtime.validate.draft_reference import DraftReference
+from angelforge.runtime.validate.draft_reference import DraftReference, DraftStep
 from angelforge.runtime.validate.fp8_draft_reference import Fp8DraftReference
 from angelforge.runtime.validate.halves import FP8_EXACT
 from angelforge.runtime.validate.metrics import difference
@@ -35,6 +35,7 @@ from angelforge.tensorfile import read_tensor
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "draft_vocab_size")
 RUN = 2  # tokens of a short sequence
+BLOCK = 1024  # such tokens that the reference takes at once
 TOUCHED = 0.25  # of their tokens, that a step of e4m3 may touch; 0.08 were seen; in wide drafts more:
 STEPS = 8e-5  # for each e4m3 value that a token reads; 5e-5 were seen. A wrong weight touches all of them.
 KEYS_VALUES = "keys and values"
@@ -149,7 +150,8 @@ class _Sides:
         limit = self.limits.first_cache if quantized else F32.operator
         if quantized:  # first, because they tell best where an error arises
             yield from self._short(parts, limit)
-        for tensor, calls in self._compared(self.schedule, parts).items():
+        made = [self.reference.step(ids, p, 0) for ids, p in zip(self.schedule.sequences, parts, strict=True)]
+        for tensor, calls in self._compared(self.schedule, parts, list(map(_tensors, made))).items():
             for number, (found, expected) in enumerate(calls):
                 result = difference(found, expected)
                 ok = result.relative_error <= limit
@@ -163,25 +165,29 @@ class _Sides:
             runs, page_size=manifest.page_size, vocab_size=manifest.model.vocab_size, max_context=manifest.max_context
         )
         states = [part[i : i + RUN] for part in parts for i in range(0, len(part), RUN)]
+        expected: list[dict[str, Array]] = []
+        for begin in range(0, len(runs), BLOCK // RUN):
+            few = runs[begin : begin + BLOCK // RUN]
+            whose = np.repeat(np.arange(len(few)), [len(ids) for ids in few])
+            handed = np.concatenate(states[begin : begin + len(few)])
+            made = _tensors(self.reference.apart(np.concatenate(few), handed, whose))
+            expected += [{tensor: rows[whose == run] for tensor, rows in made.items()} for run in range(len(few))]
         width = draft.num_attention_heads * draft.head_dim + draft.hidden_size + draft.intermediate_size
-        for tensor, calls in self._compared(planned, states).items():
-            found, expected = (np.concatenate(side) for side in zip(*calls, strict=True))
-            result = difference(found, expected)
+        for tensor, calls in self._compared(planned, states, expected).items():
+            found, wanted = (np.concatenate(side) for side in zip(*calls, strict=True))
+            result = difference(found, wanted)
             values = 2 * draft.hidden_size if tensor == KEYS_VALUES else 2 * RUN * draft.hidden_size + width
             needed = 1 - max(TOUCHED, 1 - math.exp(-STEPS * values))
-            exact = _exact_rows(found, expected)
+            exact = _exact_rows(found, wanted)
             ok = result.relative_error <= limit and exact >= needed
             note = f"{exact:.0%} of the tokens to {FP8_EXACT:.0e}, {needed:.0%} are needed"
             place = f"draft, {RUN} tokens a sequence"
             yield Finding(place, _STEP[tensor], tensor, 0, result, limit, ok, note)
 
-    def _compared(self, planned: Schedule, states: list[Array]) -> dict[str, list[tuple[Array, Array]]]:
+    def _compared(
+        self, planned: Schedule, states: list[Array], expected: list[dict[str, Array]]
+    ) -> dict[str, list[tuple[Array, Array]]]:
         """(found, expected) of every call by tensor; `states` [n, H] of every sequence are what a step takes."""
-        expected = []
-        for ids, given in zip(planned.sequences, states, strict=True):
-            made = self.reference.step(ids, given, 0)
-            pairs = np.stack([made.keys, made.values], axis=1)
-            expected.append({KEYS_VALUES: pairs, "hidden_out": made.hidden, "logits": made.logits})
         pairs_of: dict[str, list[tuple[Array, Array]]] = {tensor: [] for tensor in _STEP}
         for step, found in zip(planned.steps, self._graph(planned, states), strict=True):
             for tensor, calls in pairs_of.items():
@@ -202,6 +208,11 @@ class _Sides:
             made = piece.run({**feed, "hidden": hidden, "kv_cache.0": pool})
             pool = made["kv_cache_out.0"]
             yield {**made, KEYS_VALUES: written(pool, feed)}
+
+
+def _tensors(made: DraftStep) -> dict[str, Array]:
+    pairs = np.stack([made.keys, made.values], axis=1)
+    return {KEYS_VALUES: pairs, "hidden_out": made.hidden, "logits": made.logits}
 
 
 def _stream_after(stage: Stage, values: Values) -> Array:
