@@ -102,6 +102,7 @@ class Serving:
         self.speculator = None
         if depth != 0:
             self.draft = StubDraft(self.engine, DRAFTS[draft](self.engine), vocabulary)
+            self.draft.where = torch.from_numpy if device else self.draft.where
             self.speculator = Speculator(self.draft, limits, depth)
         self.stepper = Stepper(self.engine, limits, self.speculator)
         self.scheduler = self.stepper.scheduler
