@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from angelforge.errors import AngelForgeError
+from angelforge.runtime import cuda_graphs
 from angelforge.runtime.memory import free_memory
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
@@ -147,15 +148,17 @@ class CudaDevice(Device):
     def capture(self, work: Callable[[], None], stream: Any) -> Callable[[], None]:
         """A CUDA graph. Other threads may go on using the device meanwhile.
 
-        Raises AngelForgeError where something in `work` cannot be captured.
+        Raises:
+            AngelForgeError: something in `work` cannot be captured; the first error is told.
+            torch.OutOfMemoryError: memory does not suffice.
         """
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                work()
-        except RuntimeError as error:
+            graph, _ = cuda_graphs.capture(work, stream)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AngelForgeError) as error:
             raise AngelForgeError(
-                f"A step cannot be captured in a CUDA graph: {str(error).splitlines()[0]}. It runs, slower, with "
+                f"A step cannot be captured in a CUDA graph: {_first_line(error)}. It runs, slower, with "
                 "run --no-cuda-graphs or LLM(cuda_graphs=False); please report this."
             ) from error
 
@@ -189,7 +192,7 @@ def to_host(tensor: torch.Tensor) -> Any:
         return tensor.cpu().numpy()
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: RuntimeError | AngelForgeError) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -20,9 +20,11 @@ class Cuda:
     host: float = 0.0  # µs between a first event and the work, where the GPU was idle
     begin: Exception | None = None  # of a capture
     end: Exception | None = None
+    runnable: Exception | None = None  # when a captured graph is made runnable, after its end
     now: float = 0.0
     idle: bool = True  # nothing was enqueued since the last wait
     stream: int = 0  # the current one
+    replayed_on: int = 0  # that of the last replay
     log: list[str] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +45,10 @@ class Cuda:
                 return (other.time - self.time) / 1000
 
         class Graph:
-            def capture_begin(self, pool: object) -> None:
+            mine = False  # the pool is the graph's to release
+
+            def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+                assert capture_error_mode == "thread_local"
                 cuda.log.append(f"begin on {cuda.stream}")
                 if cuda.begin:
                     raise cuda.begin
@@ -52,11 +57,24 @@ class Cuda:
                 cuda.log.append(f"end on {cuda.stream}")
                 if cuda.end:
                     raise cuda.end
+                self.mine = True
+                if cuda.runnable:
+                    raise cuda.runnable
+
+            def pool(self) -> tuple[int, int]:
+                if not self.mine:
+                    raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+                return (0, 7)
+
+            def reset(self) -> None:
+                cuda.log.append("reset" + " with its pool" * self.mine)
+                self.mine = False
 
             def replay(self) -> None:
                 cuda.now += cuda.replay + (cuda.host if cuda.idle else 0.0)
                 cuda.idle = False
                 cuda.log.append("replay")
+                cuda.replayed_on = cuda.stream
 
         @contextmanager
         def stream(number: int) -> Iterator[None]:
