@@ -10,7 +10,7 @@ import numpy as np
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.batch import Float32, Int64
-from angelforge.runtime.logprobs import TokenLogprob, row_logprobs
+from angelforge.runtime.logprobs import TokenLogprob, row_logprob
 from angelforge.runtime.request import Request
 from angelforge.runtime.sampler import is_argmax, sample
 from angelforge.runtime.scheduler import Scheduled
@@ -95,7 +95,7 @@ class Chooser:
         """Scores prompts, and draws what depends on no other row; logprobs of the rest are looked up when needed."""
 
         def logprob(row: int, token: int, count: int) -> TokenLogprob:
-            return row_logprobs(logits[row : row + 1], [token], count)[0]
+            return row_logprob(logits[row], token, count)
 
         for scheduled, begin in scoring:
             _score(scheduled, [(begin + place, token) for place, token in enumerate(_to_score(scheduled))], logprob)
@@ -131,9 +131,6 @@ class Chooser:
         draws = [
             place for run in going for place in places_of(run.first, run.scheduled.request, run.scheduled.proposed)
         ]
-        if not draws and not any(scores.values()):
-            _end_scored(runs)
-            return lambda row, token, count: row_logprobs(logits[row : row + 1], [token], count)[0]
         answer = self._sampler.answer(logits, draws, [one for each in scores.values() for one in each])
         for scheduled, _ in scoring:
             _score(scheduled, [(one.row, one.token) for one in scores[id(scheduled)]], answer.logprob)

@@ -27,8 +27,7 @@ class DeviceHistories:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._table: torch.Tensor | None = None  # int32 [lines, room, 2]: id, count
-        self._columns = torch.arange(0, device=device)  # int64 [room]
+        self._table = self._empty(_LEAST_LINES, _LEAST_ROOM)
         self._lines: weakref.WeakKeyDictionary[History, int] = weakref.WeakKeyDictionary()
         self._free: deque[int] = deque()  # lines given back: from any thread, so by `append` alone
         self._last: tuple[list[int], int] = ([], 0)  # lines and room that `pack` was asked for last,
@@ -40,31 +39,37 @@ class DeviceHistories:
         """How many histories have a line."""
         return len(self._lines)
 
+    @property
+    def table(self) -> torch.Tensor:
+        """Ids and counts, int32 [entries, 2]: a history's are one after another from where it begins."""
+        return self._table.view(-1, 2)
+
     def pack(self, packed: Packed, histories: Sequence[History]) -> Int64:
         """Adds to `packed` what the device does not know of these histories, each once.
 
         Returns where each begins, int64 [n].
         """
         if not self._lines:  # whatever was large has gone
-            self._table, self._used, self._free = None, 0, deque()
+            self._used, self._free = 0, deque()
+            if self._table.shape[:2] != (_LEAST_LINES, _LEAST_ROOM):
+                self._table = self._empty(_LEAST_LINES, _LEAST_ROOM)
         places: list[Int64] = []
         entries = []
         few: list[tuple[int, int, int]] = []  # place, id, count: of those that have changed by a few
         lines = [self._line_of(history) for history in histories]
         self._make_room(max(history.size for history in histories))
-        assert self._table is not None
         room = self._table.shape[1]
         if (lines, room) != self._last:  # else the same object as before, which is not sent again
             self._last, self._begins = (lines, room), np.array(lines, np.int64) * room
         for line, history in zip(lines, histories, strict=True):
             begin = line * room
             ids, counts, changed = history.ids, history.counts, history.changes(self)
-            if changed is None:
+            if changed is None and history.size:
                 places.append(np.arange(begin, begin + history.size))
                 entries.append(np.stack((ids, counts), 1).astype(np.int32))
             else:
                 size = history.size
-                few += [(begin + at, int(ids[at]), int(counts[at])) for at in set(changed) if at < size]
+                few += [(begin + at, int(ids[at]), int(counts[at])) for at in set(changed or ()) if at < size]
         if few:
             table = np.array(few, np.int64)
             places.append(table[:, 0])
@@ -77,23 +82,7 @@ class DeviceHistories:
     def update(self, packed: Packed) -> None:
         """Writes what `pack` has sent."""
         if (places := packed.get("history.places")) is not None:
-            assert self._table is not None
-            self._table.view(-1, 2).index_copy_(0, places, packed["history.entries"])
-
-    def read(self, begins: torch.Tensor, sizes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and counts int32 [n, width] of histories that begin at `begins` int64 [n] and have `sizes` int64 [n] ≥ 1.
-
-        They are those that `pack` was asked for last, in any order and number. What lies behind a history's end repeats
-        it from its begin.
-        """
-        assert self._table is not None
-        if begins.shape[0] == 1:  # where it stands is known here, too: fewer calls where a step has one request
-            begin = int(self._begins[0])
-            entries = self._table.view(-1, 2)[begin : begin + width].unsqueeze(0)
-            return entries[:, :, 0], entries[:, :, 1]
-        places = self._columns[:width] % sizes.unsqueeze(1) + begins.unsqueeze(1)
-        entries = self._table.view(-1, 2).index_select(0, places.view(-1)).view(*places.shape, 2)
-        return entries[:, :, 0], entries[:, :, 1]
+            self.table.index_copy_(0, places, packed["history.entries"])
 
     def _line_of(self, history: History) -> int:
         line = self._lines.get(history)
@@ -108,14 +97,16 @@ class DeviceHistories:
 
     def _make_room(self, size: int) -> None:
         """Makes the table large enough for all lines and for `size` ids in one; what it holds stays."""
-        lines, room = (0, 0) if self._table is None else self._table.shape[:2]
+        lines, room = self._table.shape[:2]
         if self._used <= lines and size <= room:
             return
-        wanted = (_power_of_two(max(self._used, lines, _LEAST_LINES)), _power_of_two(max(size, room, _LEAST_ROOM)))
-        larger = torch.empty((*wanted, 2), dtype=torch.int32, device=self._device)
-        if self._table is not None:
-            larger[:lines, :room] = self._table
-        self._table, self._columns = larger, torch.arange(wanted[1], device=self._device)
+        larger = self._empty(_power_of_two(max(self._used, lines)), _power_of_two(max(size, room)))
+        larger[:lines, :room] = self._table
+        self._table = larger
+
+    def _empty(self, lines: int, room: int) -> torch.Tensor:
+        """int32 [lines, room, 2]: id, count."""
+        return torch.empty((lines, room, 2), dtype=torch.int32, device=self._device)
 
 
 def _power_of_two(least: int) -> int:

@@ -2,79 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 
-from angelforge.runtime.device_transfer import Packed, Parcel
+from angelforge.runtime.device_transfer import Parcel
+from angelforge.runtime.device_work import Measured, Work
 from angelforge.runtime.logprobs import TokenLogprob, require_finite
 
-_ROWS = 64  # that are worked on at once, which takes as much memory again as they have
-
-
-def pack_rows(packed: Packed, rows: Sequence[int]) -> None:
-    """Adds to `packed` which rows are to be measured."""
-    packed.add("measured", np.array(rows, np.int64))
+_ROWS = 128  # that are measured at once: a longer prompt's take no more memory
 
 
 def measure(
-    logits: torch.Tensor, packed: Packed, parcel: Parcel, count: int, one: torch.Tensor, few: torch.Tensor | None
+    work: Work, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int, parcel: Parcel
 ) -> None:
-    """Puts into `parcel` what logprobs need of rows of `logits` f32 [R, vocab]; how many rows `packed` knows.
+    """Puts into `parcel` what `told` needs of `rows` int64 [m] of the raw logits f32 [R, vocab].
 
-    `count`: of the likeliest tokens; `one` int64 [a]: the token of each of the first rows; `few` int64 [b, W]: the
-    tokens that may come in each of the rows after those.
+    `tokens` int64 [m] are those of the rows (−1: none), `count` that of the likeliest tokens.
     """
-    rows = packed["measured"]
-    totals, tops, top_ids, ones, fews = [], [], [], [], []
-    for begin in range(0, rows.shape[0], _ROWS):
-        end = min(begin + _ROWS, rows.shape[0])
-        some = logits.index_select(0, rows[begin:end])
-        peak = some.amax(1, keepdim=True)
-        totals.append(peak + (some - peak).exp().sum(1, keepdim=True, dtype=torch.float64).log())
-        top = some.topk(count)
-        tops.append(top.values)
-        top_ids.append(top.indices)
-        split = min(max(one.shape[0] - begin, 0), end - begin)
-        if split:
-            # −1 stands for no token: what is told of it is not asked for
-            ones.append(some[:split].gather(1, one[begin : begin + split].clamp(min=0).unsqueeze(1)))
-        if few is not None and begin + split < end:
-            at = begin + split - one.shape[0]
-            fews.append(some[split:].gather(1, few[at : at + end - begin - split]))
-    parcel.add("totals", torch.cat(totals))
-    if count:
-        parcel.add("top", torch.cat(tops))
-        parcel.add("top.ids", torch.cat(top_ids))
-    if ones:
-        parcel.add("one", torch.cat(ones))
-    if fews:
-        parcel.add("few", torch.cat(fews))
+    begins = range(0, rows.shape[0], _ROWS)
+    parts = [work.measure(logits, rows[at : at + _ROWS], tokens[at : at + _ROWS], count) for at in begins]
+    for field in fields(Measured):
+        each = [getattr(part, field.name) for part in parts]
+        parcel.add(field.name, each[0] if len(each) == 1 else torch.cat(each))
 
 
-def told(found: dict[str, Any], row: int, token: int, logit: float, count: int) -> TokenLogprob:
-    """The logprob of a token by the measured row number `row`, with the `count` likeliest.
+def told(found: dict[str, Any], number: int, token: int, count: int) -> TokenLogprob:
+    """The logprob of the token of a measured row, with the `count` likeliest.
 
-    `found` is what the parcel brought, `logit` the token's. Raises AngelForgeError where they are not finite.
+    `found` is what the parcel brought. Raises AngelForgeError where they are not finite.
     """
-    total = float(found["totals"][row, 0])
+    with np.errstate(invalid="ignore"):
+        total = float(found["peak"][number]) + float(np.log(found["total"][number]))
     require_finite(total)
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        pairs = zip(found["top"][row].tolist(), found["top.ids"][row].tolist(), strict=True)
-        ordered = sorted((-value, token) for value, token in pairs)[:count]
-        top = tuple((token, -value - total) for value, token in ordered)
-    return TokenLogprob(token, logit - total, top)
-
-
-def device_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """Of `tokens` [n] by the rows of `logits` f32 [n, vocab]."""
-    packed, parcel = Packed(logits.device), Parcel()
-    pack_rows(packed, range(len(tokens)))
-    packed.add("tokens", np.array(tokens, np.int64))
-    packed.send()
-    measure(logits, packed, parcel, count, packed["tokens"], None)
-    found = parcel.fetch()
-    return [told(found, row, token, float(found["one"][row, 0]), count) for row, token in enumerate(tokens)]
+    pairs = zip(found["values"][number].tolist(), found["ids"][number].tolist(), strict=True)
+    ordered = sorted((-value, other) for value, other in pairs)[:count]
+    return TokenLogprob(
+        token, float(found["logit"][number]) - total, tuple((other, -value - total) for value, other in ordered)
+    )

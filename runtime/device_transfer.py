@@ -24,8 +24,7 @@ class Packed:
         self._sent: dict[str, torch.Tensor] = {}
         self._arrays: dict[str, Any] = {}
         self._before = before
-        self.widths: dict[str, int] = {}  # sizes that the host knows and the device need not be asked for
-        self.nbytes = 0  # to be sent; each array begins at a multiple of eight bytes
+        self.nbytes = 0  # to be sent
 
     def add(self, name: str, array: Any) -> None:
         """An array of a NumPy type that torch has, too; it must not change any more."""
@@ -35,7 +34,7 @@ class Packed:
             self._sent[name] = before._sent[name]
             return
         self._parts.append((name, array))
-        self.nbytes += -(-array.nbytes // 8) * 8
+        self.nbytes += _padded(array.nbytes)
 
     def send(self) -> None:
         """One copy of all that is new; on a GPU from pinned memory, which torch keeps until the copy is done."""
@@ -47,7 +46,7 @@ class Packed:
         for _, array in self._parts:
             octets[begin : begin + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
             places.append(begin)
-            begin += -(-array.nbytes // 8) * 8
+            begin += _padded(array.nbytes)
         there = host.to(self._device, non_blocking=True)
         typed: dict[Any, torch.Tensor] = {}
         for (name, array), begin in zip(self._parts, places, strict=True):
@@ -62,6 +61,11 @@ class Packed:
     def get(self, name: str) -> torch.Tensor | None:
         """None for what was not added."""
         return self._sent.get(name)
+
+
+def _padded(nbytes: int) -> int:
+    """Each array begins at a multiple of 16 bytes, so that kernels read it at full width."""
+    return -(-nbytes // 16) * 16
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -22,7 +22,7 @@ _SMALLEST_DIVISOR = 1e-30  # a normal f32, so that a temperature below it does n
 def candidates(
     logits: Float32, params: SamplingParams, history: Counted | None = None, mask: UInt32 | None = None
 ) -> tuple[Int64, Float64]:
-    """The tokens that can come next and their probabilities: (ids [n], probabilities [n], summing to 1).
+    """The tokens that can come next and their probabilities: (ids [n] rising, probabilities [n], summing to 1).
 
     `logits` f32 [vocab] is not changed; `history` is of prompt and output so far, needed where something is penalised;
     `mask` is a constraint's. Ties are broken by the lower id. Without a finite largest logit (an engine gave NaN or
@@ -33,27 +33,35 @@ def candidates(
 
 def choices(logits: Float32, params: SamplingParams) -> tuple[Int64, Float64]:
     """The same for logits that are adjusted already: temperature, top-k, top-p and min-p."""
+    ids, weights = kept(logits, params)
+    return ids, weights / weights.sum()
+
+
+def kept(logits: Float32, params: SamplingParams) -> tuple[Int64, Float64]:
+    """The same with weights f64 [n] instead of probabilities: relative to the best token's 1."""
     best = int(logits.argmax())
     peak = float(logits[best])  # not a number where any logit is none
     if not math.isfinite(peak):
         return np.empty(0, np.int64), np.empty(0, np.float64)
     if params.greedy:
         return np.array([best]), np.ones(1)
-    if 0 < params.top_k < logits.shape[0]:
-        ids = top_ids(logits, params.top_k)
-        weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
-        keep = _nucleus(weights, float(weights.sum()), params.top_p)
-    elif params.top_p < 1:
-        ids, weights, keep = _nucleus_of_all(logits, peak, params)
+    limited = 0 < params.top_k < logits.shape[0]
+    if limited or params.top_p < 1:
+        if limited:
+            ids = top_ids(logits, params.top_k)
+            weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
+            keep = _nucleus(weights, float(weights.sum()), params.top_p)
+        else:
+            ids, weights, keep = _nucleus_of_all(logits, peak, params)
+        order = np.argsort(ids[:keep])  # they came by falling logits
+        ids, weights = ids[order], weights[order]
     else:
         ids = np.arange(logits.shape[0])
         weights = _weights(logits, peak, params.temperature).astype(np.float64)
-        keep = logits.shape[0]
-    ids, weights = ids[:keep], weights[:keep]
     if params.min_p > 0:
         likely = weights >= params.min_p  # the best token's weight is 1
         ids, weights = ids[likely], weights[likely]
-    return ids, weights / weights.sum()
+    return ids, weights
 
 
 def processed_distribution(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,21 +20,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-def row_logprobs(logits: Any, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """Of `tokens` [n] by rows of logits [n, vocab], a NumPy array or a torch tensor, with the `count` likeliest.
+def row_logprob(logits: Float32, token: int, count: int) -> TokenLogprob:
+    """Of a token by its row of logits f32 [vocab] on the host, with the `count` likeliest; ties by the lower id.
 
-    Raises AngelForgeError where a row's logits are not finite numbers, or where their device fails.
+    Raises AngelForgeError where the logits are not finite numbers. On a device `device_logprobs` does the same.
     """
-    if isinstance(logits, np.ndarray):
-        return [_from_array(logits[row], token, count) for row, token in enumerate(tokens)]
-    from angelforge.runtime.device import explained_gpu  # they need torch
-    from angelforge.runtime.device_logprobs import device_logprobs
-
-    with explained_gpu():
-        return device_logprobs(logits, tokens, count) if tokens else []
-
-
-def _from_array(logits: Float32, token: int, count: int) -> TokenLogprob:
     peak = logits.max()
     with np.errstate(invalid="ignore"):
         weights = np.exp(logits - peak)

@@ -9,7 +9,7 @@ import numpy as np
 
 from angelforge.runtime.batch import Float32, Int64
 from angelforge.runtime.constraint import Constraint, UInt32
-from angelforge.runtime.distribution import Float64, adjusted, candidates
+from angelforge.runtime.distribution import Float64, adjusted, kept
 from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
 
@@ -38,20 +38,19 @@ class Ruled(Protocol):
 def sample(logits: Float32, requests: Sequence[Drawing]) -> Int64:
     """One token id for each request, int64 [R], from its row of `logits` f32 [R, vocab] on the host.
 
-    −1 where nothing can come: the row has no finite largest logit. A row's result depends on its request alone. On a
-    device `DeviceSampler` does the same.
+    −1 where nothing can come: the row has no finite largest logit. A row's result depends on its request alone: each
+    token that is not greedy takes one number of the request's generator. On a device `DeviceSampler` does the same.
     """
     ids = np.empty(len(requests), np.int64)
     for row, request in enumerate(requests):
         values = logits[row]
+        if not is_argmax(request):
+            values = adjusted(values, request.params, request.history, mask_of(request))
         if request.params.greedy:
-            if not is_argmax(request):
-                values = adjusted(values, request.params, request.history, mask_of(request))
             best = int(values.argmax())
             ids[row] = best if np.isfinite(values[best]) else -1
         else:
-            options = candidates(values, request.params, request.history, mask_of(request))
-            ids[row] = draw_among(*options, request.rng)
+            ids[row] = draw(*kept(values, request.params), request.rng)
     return ids
 
 
@@ -67,15 +66,11 @@ def mask_of(request: Drawing) -> UInt32 | None:
 
 
 def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
-    """One of `ids` [n] with probability proportional to `weights` [n]; one without weight is never drawn."""
-    sums = np.cumsum(weights)
+    """One of `ids` [n] with probability proportional to `weights` [n]; one without weight is never drawn. −1 for none.
+
+    It is the first at which the running sum passes its part of the whole.
+    """
+    uniform, sums = rng.random(), np.cumsum(weights)
     # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded, and the search ends at a
     # token with a probability above zero.
-    return int(ids[np.searchsorted(sums, rng.random() * sums[-1], side="right")])
-
-
-def draw_among(ids: Int64, probabilities: Float64, rng: np.random.Generator) -> int:
-    """One of all that can come, `ids` [n] with their probabilities; −1 for none. Without a choice nothing is drawn."""
-    if ids.shape[0] < 2:
-        return int(ids[0]) if ids.shape[0] else -1
-    return draw(ids, probabilities, rng)
+    return int(ids[np.searchsorted(sums, uniform * sums[-1], side="right")]) if ids.shape[0] else -1

@@ -26,9 +26,9 @@ class Row:
     least: float  # of the same, the fastest step: what other programs disturb least
     slow: float  # of the same, what 99 % of the steps do not exceed
     launch: float  # of it: choosing the captured size, padding, the one copy, launching the captured step
-    ask: float  # of it: what a device that samples is told, and the rules on the few logits that come back
+    ask: float  # of it: what a device that samples is told, in one copy, and what it answers
     idle: float  # of it: from the tokens' arrival to the next launch, while the GPU has nothing to do
-    calls: float | None  # not of it: torch's calls for sampling, on a few numbers; None on a GPU, where they are in it
+    calls: float | None  # not of it: handing out the update of histories; None on a GPU, where it is in it
     all: float  # `host` and `calls`
     numpy: float  # what sampling in NumPy takes instead of `ask`
     bound: float  # once for each captured size: binding 614 tensors
@@ -69,9 +69,9 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
 
     The stepper, the runner and the sampler are those of a TensorRT engine at AntAngelMed's sizes; every request has
     penalties, a temperature, top-k, top-p and stop strings, and the tokenizer has 157,184 ids. On a GPU all is
-    launched, and waited for; without one, torch's calls for sampling are timed by themselves, on a few numbers
-    ("calls"), and the driver's time is in nothing. "With calls" is what the goal is for. They are made while the GPU
-    computes the step: what it waits for stands under "GPU idle".
+    launched, and waited for; without one, torch's call that writes to the histories is timed by itself ("calls"),
+    and neither the launches of the sampling kernels nor the driver's time are in anything. "With calls" is what the
+    goal is for. They are made while the GPU computes the step: what it waits for stands under "GPU idle".
 
     \b
     Example:

@@ -47,7 +47,7 @@ class Timed:
     steps: list[float] = field(default_factory=list)  # whole, without the arithmetic of sampling
     launches: list[float] = field(default_factory=list)  # of it: size, padding, copy, launch of the captured step
     draws: list[float] = field(default_factory=list)
-    calls: list[float] = field(default_factory=list)  # not of it: handing out what a device would compute for samples
+    calls: list[float] = field(default_factory=list)  # not of it: what `time_calls` tells
     idle: list[float] = field(default_factory=list)  # of it: what a GPU waits for, from a step's end to the next launch
     bound: float = 0.0  # for binding the engine's tensors to one captured size, once
 
@@ -109,8 +109,8 @@ class HostDraw:
 class DeviceDraw(DeviceSampler):
     """Samples on a device; where there is none, it does what the host has to do for one.
 
-    That is: packing of what the device is told, and the rules on the few largest logits that come back. What the device
-    would compute is computed once, and not counted. The ids are others in each step, as they are in a text.
+    That is: packing and sending of what the device is told, and dealing out what it answers. What the device would
+    compute is computed once, and not counted. The ids are others in each step, as they are in a text.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -122,29 +122,24 @@ class DeviceDraw(DeviceSampler):
         self.hidden = 0.0  # of it what is done while the device still computes the step: all that is handed out
         self.left_out = 0.0  # what a device would do, not counted
 
-    def answer(
-        self,
-        logits: torch.Tensor,
-        draws: Sequence[Place],
-        scored: Sequence[Scored] = (),
-    ) -> Answer:
+    def answer(self, logits: torch.Tensor, draws: Sequence[Place], scored: Sequence[Scored] = ()) -> Answer:
         """As the sampler's."""
         begin = perf_counter()
-        round_ = Round(logits.shape, draws, scored)
-        packed = self.prepare(round_)
+        round_ = Round(draws, scored)
+        packed = self.prepare(round_, logits.shape[1])
         handed_out = perf_counter()
         self.hidden = handed_out - begin
         self.left_out = 0.0
         if self.device.type == "cuda":
-            found = round_.compute(logits, packed, self.histories).fetch()
+            found = round_.compute(logits, packed, self.histories, self.work).fetch()
         else:
             if len(draws) not in self._found:
-                self._found[len(draws)] = round_.compute(logits, packed, self.histories).fetch()
+                self._found[len(draws)] = round_.compute(logits, packed, self.histories, self.work).fetch()
             else:
                 self.histories.update(packed)
-            found = {name: array.copy() for name, array in self._found[len(draws)].items()}
+            found = self._found[len(draws)]
             self.left_out = perf_counter() - handed_out
-        made = Answer(round_, found, logits, round_.settle(found))
+        made = Answer(round_, found)
         self._next = (self._next + len(draws)) % 4000
         made.tokens = self._ids[self._next : self._next + len(draws)]
         self.seconds = perf_counter() - begin - self.left_out
@@ -180,23 +175,22 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
 
 
 def time_calls(batch: int, steps: int) -> list[float]:
-    """µs that a step's torch calls for sampling take to hand out, with the rules that are measured.
+    """µs that torch takes to hand out what a step writes to the table of histories, with the rules that are measured.
 
-    On tensors of a few numbers of the CPU, so that next to nothing is computed. A GPU's driver takes its own time.
+    In it: one `index_copy_` on tensors of the CPU, so that next to nothing is computed. Not in it: the one copy to the
+    device, which is part of what is asked, and the launches of the kernels that take penalties and choose.
     """
     sampler, rng, found = DeviceSampler(torch.device("cpu")), np.random.default_rng(0), []
-    logits, few = torch.from_numpy(rng.standard_normal((batch, 64), np.float32)), np.arange(4)
+    few = np.arange(4)
     places = [Place(row, _params(row, 1), History(few, few[:1]), rng) for row in range(batch)]
     for _ in range(steps + 10):
         for place in places:
             assert place.history is not None
             place.history.add(1)  # as each step does
-        round_ = Round(logits.shape, places, ())
-        packed = sampler.prepare(round_)
+        packed = sampler.prepare(Round(places, ()), VOCAB)
         begin = perf_counter()
-        parcel = round_.compute(logits, packed, sampler.histories)
+        sampler.histories.update(packed)
         found.append(1e6 * (perf_counter() - begin))
-        parcel.fetch()
     return found[10:]
 
 

@@ -12,7 +12,6 @@ from angelforge.errors import AngelForgeError
 from angelforge.runtime.device import explained_gpu
 from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.limits import Limits
-from angelforge.runtime.logprobs import row_logprobs
 from angelforge.runtime.sampling import SamplingParams
 
 LACK = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139 GiB."
@@ -76,13 +75,11 @@ def test_whichever_call_fails(depth):
         }
 
 
-def test_what_is_asked_by_itself():
-    """Logprobs of a row, and what a sampler begins with."""
-    logits = torch.zeros(2, 50)
+def test_what_a_sampler_begins_with():
     with Failing(1), pytest.raises(AngelForgeError, match="no memory left"):
-        row_logprobs(logits, [1, 2], 3)
+        DeviceSampler(torch.device("cpu"))
     with Failing(1, RuntimeError), pytest.raises(AngelForgeError, match="The GPU failed in a step: CUDA out of memory"):
-        DeviceSampler(logits.device)
+        DeviceSampler(torch.device("cpu"))
 
 
 def test_errors_without_a_word():

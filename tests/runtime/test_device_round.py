@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.device_works import EVERY_WORK
 from support.drawing import drawing
 from support.far_device import FAR, Watch, far, watched
 from support.paged_engine import PagedEngine
@@ -19,8 +20,9 @@ from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_round import Scored
 from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.device_transfer import Packed, Parcel
+from angelforge.runtime.device_work import Work
 from angelforge.runtime.history import History
-from angelforge.runtime.logprobs import row_logprobs
+from angelforge.runtime.logprobs import row_logprob
 
 VOCAB = 37
 ALL = {
@@ -87,28 +89,25 @@ def test_a_step_fetches_once_and_waits_for_nothing_else(kind: str, depth: int) -
         ):
             for at, told in enumerate(getattr(one, name) or (), first):
                 if told is not None:
-                    (that,) = row_logprobs(engine.dense_logits(np.array(text[:at]))[None], [text[at]], count)
+                    that = row_logprob(engine.dense_logits(np.array(text[:at])), text[at], count)
                     assert told.token == that.token
                     assert told.logprob == pytest.approx(that.logprob, abs=1e-5)
                     assert [place for place, _ in told.top] == [place for place, _ in that.top]
 
 
 @pytest.mark.parametrize(
-    ("limit", "params"),
+    "params",
     [
-        (1, {}),
-        (1, {"temperature": 1.0}),
-        (1, {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}}),
-        (1, {"temperature": 1.0, "logprobs": 5, "top_k": 15_000}),
-        (1, {"repetition_penalty": 1.05}),
-        (1, {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "repetition_penalty": 1.05}),
-        (11, {"temperature": 1.0, "top_p": 0.999}),
-        (11, {"temperature": 1.0, "min_p": 1e-9}),
-        (11, {"temperature": 1.0, "top_k": 1024}),
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}},
+        {"temperature": 1.0, "logprobs": 5, "top_k": 15_000},
+        {"repetition_penalty": 1.05, "logprobs": 5},
+        {"temperature": 1.0, "top_p": 0.999},
     ],
 )
-def test_what_a_step_fetches_does_not_grow_with_the_vocabulary(limit: int, params: dict[str, Any]) -> None:
-    """Of 32 requests with three proposals each, at most `limit` × 100 kB come back; their rows have 10 MB."""
+def test_what_a_step_fetches_does_not_grow_with_the_vocabulary(params: dict[str, Any]) -> None:
+    """Of 32 requests with three proposals each, at most 10 kB come back; their rows have 10 MB."""
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((128, 20_000)).astype(np.float32))
     places = []
     for number in range(32):
@@ -117,7 +116,8 @@ def test_what_a_step_fetches_does_not_grow_with_the_vocabulary(limit: int, param
     with watched() as watch:
         answer = DeviceSampler(FAR).answer(far(rows), places)
     assert (answer.tokens >= 0).all()
-    assert watch.fetched_bytes <= limit * 100_000
+    assert watch.fetched_bytes <= 10_000
+    assert (watch.sends, watch.fetches, watch.waits) == (1, 1, [])
 
 
 WAITING = {
@@ -149,6 +149,17 @@ def test_copies_are_counted() -> None:
         found = parcel.fetch()
     assert [found[name].tolist() for name in "ab"] == [[1, 2, 3], [[1.0], [3.0]]]
     assert (watch.sends, watch.fetches, watch.launches, watch.waits) == (1, 1, 3, [])
+
+
+def test_what_is_sent_begins_where_kernels_read_at_full_width() -> None:
+    packed = Packed(torch.device("cpu"))
+    for number in range(1, 6):
+        packed.add(f"{number}", np.ones(number, np.int32))
+        packed.add(f"{number}, {number}", np.ones((number, number)))
+    packed.send()
+    begins = {packed[name].data_ptr() - packed["1"].data_ptr() for name in packed._sent}
+    assert len(begins) == 10
+    assert all(begin % 16 == 0 for begin in begins)
 
 
 def test_only_what_is_new_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +207,7 @@ def test_the_device_knows_what_histories_hold(events: list[tuple[int, str, int]]
                 if what == "propose":
                     histories[key].add(token + 1)
                     histories[key].take_back(token + 1)
-            asked = [history for number, history in histories.items() if history.ids.shape[0] and number != key]
+            asked = [history for number, history in histories.items() if number != key]
             if asked:
                 compare(known, asked)
             assert known.lines <= len(histories)
@@ -206,16 +217,14 @@ def test_the_device_knows_what_histories_hold(events: list[tuple[int, str, int]]
 
 
 def compare(known: DeviceHistories, asked: list[History]) -> None:
-    packed, sizes = Packed(torch.device("cpu")), torch.tensor([history.ids.shape[0] for history in asked])
+    packed = Packed(torch.device("cpu"))
     begins = known.pack(packed, asked)
     packed.send()
     known.update(packed)
-    width = int(sizes.max())
-    ids, counts = known.read(torch.from_numpy(begins), sizes, width)
-    for row, history in enumerate(asked):
-        order = np.arange(width) % history.ids.shape[0]
-        assert ids[row].tolist() == history.ids[order].tolist()
-        assert counts[row].tolist() == history.counts[order].tolist()
+    for begin, history in zip(begins.tolist(), asked, strict=True):
+        ids, counts = known.table[begin : begin + history.size].unbind(1)
+        assert ids.tolist() == history.ids.tolist()
+        assert counts.tolist() == history.counts.tolist()
 
 
 def test_another_sampler_is_told_everything() -> None:
@@ -234,8 +243,9 @@ def test_a_watch_refuses_what_a_gpu_would() -> None:
     assert Watch().launches == 0
 
 
-def test_logprobs_of_many_rows() -> None:
-    """More than are measured at once, of places of every kind, and of prompts: those of the host."""
+@EVERY_WORK
+def test_logprobs_of_many_rows(work: Work) -> None:
+    """More than are measured at once, of places of every kind, and of prompts: those of the raw logits on the host."""
     rng = np.random.default_rng(3)
     kinds = [{}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0}, {"repetition_penalty": 1.3}]
     logits = rng.standard_normal((210, VOCAB)).astype(np.float32)
@@ -245,10 +255,10 @@ def test_logprobs_of_many_rows() -> None:
         history = History(rng.integers(0, VOCAB, 5)) if params.penalizes else None
         places.append(Place(row, params, history, np.random.default_rng(row), logprobs=row % 3))
     scored = [Scored(row, row % VOCAB, 2) for row in range(150, 210)]
-    answer = DeviceSampler(torch.device("cpu")).answer(torch.from_numpy(logits), places, scored)
+    answer = DeviceSampler(torch.device("cpu"), work).answer(torch.tensor(logits), places, scored)
     asked = [(place.row, int(token), place.row % 3) for place, token in zip(places, answer.tokens, strict=True)]
     for row, token, count in [*asked, *((each.row, each.token, each.count) for each in scored)]:
-        found, (wanted,) = answer.logprob(row, token, count), row_logprobs(logits[row : row + 1], [token], count)
+        found, wanted = answer.logprob(row, token, count), row_logprob(logits[row], token, count)
         assert (found.token, [place for place, _ in found.top]) == (token, [place for place, _ in wanted.top])
         assert found.logprob == pytest.approx(wanted.logprob, abs=1e-5)
 
@@ -271,15 +281,16 @@ def two_steps(sampler: DeviceSampler, rules: dict[str, Any]) -> list[list[int]]:
     rows[:, [7, 9]] = 6, 5
     request = drawing(SamplingParams(**rules), [7], [7, 7], np.random.default_rng(0))
     places = [Place.of(row, request) for row in range(4)]
-    return [sampler.answer(torch.from_numpy(rows), places).tokens.tolist() for _ in range(2)]
+    return [sampler.answer(torch.tensor(rows), places).tokens.tolist() for _ in range(2)]
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)
-def test_the_next_request_in_a_row_has_its_own_rules(kind: str) -> None:
+@EVERY_WORK
+def test_the_next_request_in_a_row_has_its_own_rules(work: Work, kind: str) -> None:
     """Nothing of the one that had the row before is left, in whichever order they come: tokens of a fresh sampler."""
-    wanted = [two_steps(DeviceSampler(torch.device("cpu")), rules) for rules in FOLLOWING[kind]]
+    wanted = [two_steps(DeviceSampler(torch.device("cpu"), work), rules) for rules in FOLLOWING[kind]]
     assert wanted[0] != wanted[1]
-    kept = DeviceSampler(torch.device("cpu"))
+    kept = DeviceSampler(torch.device("cpu"), work)
     assert [two_steps(kept, FOLLOWING[kind][turn]) for turn in (0, 1, 0)] == [wanted[0], wanted[1], wanted[0]]
 
 

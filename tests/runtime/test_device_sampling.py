@@ -1,6 +1,7 @@
-"""What is drawn where the logits lie has the distribution of the host's sampler: on a GPU if there is one."""
+"""What is drawn where the logits lie is what the host's sampler draws: on a GPU if there is one."""
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.device_works import EVERY_WORK
 from support.far_device import far, watched
 
-from angelforge.runtime import device_distribution, device_largest, device_round
-from angelforge.runtime.device_adjusting import Place, Standing, adjusted_rows, pack_adjustments, places_of
-from angelforge.runtime.device_distribution import draw_rows, kept_weights
+from angelforge.runtime import device_torch
+from angelforge.runtime.device_adjusting import Place, Standing, adjust, places_of
 from angelforge.runtime.device_history import DeviceHistories
-from angelforge.runtime.device_largest import RowRules, candidates_of, is_narrow, largest_of
-from angelforge.runtime.device_round import pack_rules, rules_of
 from angelforge.runtime.device_sampling import DeviceSampler
+from angelforge.runtime.device_torch import TorchWork
 from angelforge.runtime.device_transfer import Packed
+from angelforge.runtime.device_work import Work
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.proposals import Proposer
@@ -43,13 +44,23 @@ class Allowing:
 
 
 @dataclass
+class Fixed:
+    """A generator that gives one number."""
+
+    value: float
+
+    def random(self) -> float:
+        return self.value
+
+
+@dataclass
 class Asking:
     """What a sampler needs of a request."""
 
     params: SamplingParams
     history: History | None = None
     constraint: Allowing | None = None
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    rng: Any = field(default_factory=lambda: np.random.default_rng(0))
 
 
 def asking(prompt: list[int] = (), output: list[int] = (), allowed: np.ndarray | None = None, **params: Any) -> Asking:
@@ -62,98 +73,116 @@ def asking(prompt: list[int] = (), output: list[int] = (), allowed: np.ndarray |
 
 
 def there(logits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(logits).to(DEVICE)
+    """A copy, which may change."""
+    return torch.tensor(logits, device=DEVICE)
 
 
 def places(requests: list[Asking]) -> list[Place]:
     return [Place.of(row, request) for row, request in enumerate(requests)]
 
 
-def sample_on_device(logits: torch.Tensor, requests: list[Asking]) -> np.ndarray:
-    return DeviceSampler(logits.device).answer(logits, places(requests)).tokens
+def sample_on_device(work: Work, logits: np.ndarray, requests: list[Asking]) -> np.ndarray:
+    return DeviceSampler(torch.device(DEVICE), work).answer(there(logits), places(requests)).tokens
 
 
-def adjusted_on_device(logits: torch.Tensor, chosen: list[Place]) -> torch.Tensor:
-    packed, histories = Packed(logits.device), DeviceHistories(logits.device)
-    pack_adjustments(packed, Standing(logits.shape, chosen), chosen, logits.shape[1], histories)
+def adjusted_on_device(work: Work, logits: np.ndarray, chosen: list[Place]) -> np.ndarray:
+    packed, histories = Packed(torch.device(DEVICE)), DeviceHistories(torch.device(DEVICE))
+    widest = Standing(logits.shape[1], chosen).pack(packed, chosen, histories)
     packed.send()
-    return adjusted_rows(logits, packed, histories)
+    return adjust(there(logits), packed, histories, work, widest).cpu().numpy()
 
 
-def on_device(logits: np.ndarray, requests: list[Asking]) -> tuple[np.ndarray, np.ndarray]:
-    """Adjusted logits and probabilities of all rows, from the whole vocabulary."""
-    x, packed = adjusted_on_device(there(logits), places(requests)), Packed(torch.device(DEVICE))
-    pack_rules(packed, places(requests), x.shape[1])
-    packed.send()
-    rules = rules_of(packed, [request.params for request in requests], x.shape[1])
-    weights = kept_weights(x, x.argmax(1, keepdim=True), rules).double()
-    return x.cpu().numpy(), (weights / weights.sum(1, keepdim=True)).cpu().numpy()
-
-
-def from_largest(logits: np.ndarray, requests: list[Asking]) -> dict[int, np.ndarray]:
-    """Probabilities of the rows for which the largest logits tell them."""
-    narrow = [row for row, request in enumerate(requests) if is_narrow(request.params, logits.shape[1])]
-    if not narrow:
-        return {}
-    x = adjusted_on_device(there(logits), [Place.of(row, requests[row]) for row in narrow])
-    rules = RowRules.of([requests[row].params for row in narrow], x.shape[1])
-    found = candidates_of(largest_of(x, rules, there(rules.divisors)).cpu().numpy(), rules)
-    dense = np.zeros((len(narrow), logits.shape[1]))
-    for row, ids, weights in zip(dense, found.ids, found.weights, strict=True):
-        row[ids] = weights / weights.sum()
-    return {row: dense[i] for i, row in enumerate(narrow) if found.decided[i]}
-
-
-def compare(logits: np.ndarray, requests: list[Asking]) -> None:
-    before = logits.copy()
-    x, found = on_device(logits, requests)
-    few = from_largest(logits, requests)
-    assert np.array_equal(logits, before)
-    for row, request in enumerate(requests):
-        params, mask = request.params, request.constraint and request.constraint.mask()
-        assert np.array_equal(x[row], adjusted(logits[row], params, request.history, mask))
-        expected = processed_distribution(logits[row], params, request.history, mask)
-        for each in (found[row], few.get(row, found[row])):
-            assert np.array_equal(each > 0, expected > 0), params
-            np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-9)
+def certain_token(logits: np.ndarray, request: Asking, uniform: float, margin: float = 1e-5) -> int | None:
+    """What the host draws with a number; None where another would come if sums were rounded otherwise."""
+    params, found = request.params, set()
+    for high, nucleus, floor in product((-margin, margin), repeat=3):
+        nudged = replace(
+            params,
+            top_p=params.top_p if params.top_p == 1 else min(params.top_p * (1 + nucleus), 1.0),
+            min_p=min(params.min_p * (1 + floor), 1.0),
+        )
+        point = Fixed(min(max(uniform + high, 0.0), 1 - 2.0**-53))
+        found.add(int(sample(logits[None], [replace(request, params=nudged, rng=point)])[0]))
+    return found.pop() if len(found) == 1 else None
 
 
 VOCAB = 37
 IDS = st.integers(0, VOCAB - 1)
 # A grid makes ties common.
 LOGIT = st.one_of(st.integers(-12, 12).map(lambda n: n / 4), st.just(-0.0), st.floats(-30, 30, width=32))
+ROW = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
+ALLOWED = st.none() | st.lists(st.booleans(), min_size=VOCAB, max_size=VOCAB).filter(any)
+RULES: dict[str, Any] = {
+    "temperature": st.sampled_from([0.0, 0.25, 0.7, 1.0, 1.9]),
+    "top_k": st.sampled_from([0, 0, 1, 2, 5, 20, 36, 37, 50]),
+    "top_p": st.sampled_from([1.0, 0.99, 0.9, 0.61, 0.3, 0.01]),
+    "min_p": st.sampled_from([0.0, 0.0, 0.03, 0.4, 1.0]),
+}
+CHANGES: dict[str, Any] = {
+    "repetition_penalty": st.sampled_from([1.0, 1.05, 1.7, 0.8]),
+    "presence_penalty": st.sampled_from([0.0, 0.5, -1.0]),
+    "frequency_penalty": st.sampled_from([0.0, 0.25]),
+    "logit_bias": st.dictionaries(IDS, st.integers(-8, 8).map(lambda n: n / 2), max_size=3),
+}
 
 
 @st.composite
-def requests_of(draw: st.DrawFn) -> Asking:
-    allowed = draw(st.none() | st.lists(st.booleans(), min_size=VOCAB, max_size=VOCAB).filter(any))
-    return asking(
-        draw(st.lists(IDS, max_size=5)),
-        draw(st.lists(IDS, max_size=5)),
-        None if allowed is None else np.array(allowed),
-        temperature=draw(st.sampled_from([0.25, 0.7, 1.0, 1.9])),
-        top_k=draw(st.sampled_from([0, 0, 1, 2, 5, 20, 36, 37, 50])),
-        top_p=draw(st.sampled_from([1.0, 0.99, 0.9, 0.61, 0.3, 0.01])),
-        min_p=draw(st.sampled_from([0.0, 0.0, 0.03, 0.4])),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.05, 1.7, 0.8])),
-        presence_penalty=draw(st.sampled_from([0.0, 0.5, -1.0])),
-        frequency_penalty=draw(st.sampled_from([0.0, 0.25])),
-        logit_bias=draw(st.dictionaries(IDS, st.integers(-8, 8).map(lambda n: n / 2), max_size=3)),
-    )
+def requests_of(draw: st.DrawFn, **rules: Any) -> Asking:
+    allowed = draw(ALLOWED)
+    seen = [draw(st.lists(IDS, max_size=5)) for _ in range(2)]
+    asked = draw(st.fixed_dictionaries(rules or RULES | CHANGES))
+    return asking(*seen, None if allowed is None else np.array(allowed), **asked)
 
 
-@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4), most=st.sampled_from([4, 1024]))
-def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Asking], most: int) -> None:
-    """Every rule, in any mixture of rows, with many ties; `most`: also where the k largest are not sorted."""
-    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
-    logits = np.array([data.draw(rows) for _ in requests], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_distribution, "MOST_SORTED", most)
-        patch.setattr(device_largest, "MOST", most)
-        patch.setattr(device_largest, "_TIES", 2)
-        compare(logits, requests)
+def logits_of(data: st.DataObject, rows: int) -> np.ndarray:
+    return np.array([data.draw(ROW) for _ in range(rows)], np.float32)
 
 
+@EVERY_WORK
+@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_tokens_are_the_hosts(work: Work, data: st.DataObject, requests: list[Asking], seed: int) -> None:
+    """With every rule, in any mixture of rows, with many ties, from the numbers that the same generators give."""
+    logits = logits_of(data, len(requests))
+    before = logits.copy()
+    fresh = [replace(request, rng=np.random.default_rng(seed)) for request in requests]
+    found = sample_on_device(work, logits, fresh)
+    uniform = np.random.default_rng(seed).random()
+    for row, request in enumerate(requests):
+        wanted = certain_token(logits[row], request, uniform)
+        assert wanted is None or found[row] == wanted
+        assert fresh[row].rng.random() == (uniform if request.params.greedy else following(seed))
+    assert np.array_equal(logits, before)
+
+
+def following(seed: int) -> float:
+    """The second number of a generator: one was taken."""
+    return float(np.random.default_rng(seed).random(2)[1])
+
+
+@EVERY_WORK
+@given(data=st.data(), requests=st.lists(requests_of(**RULES), min_size=1, max_size=4), seed=st.integers(0, 2**32))
+def test_tokens_of_exact_weights_are_the_hosts(
+    work: Work, data: st.DataObject, requests: list[Asking], seed: int
+) -> None:
+    """Weights are 1 or 0, so that no sum is rounded: every tie and every edge is decided as on the host."""
+    values = st.lists(st.sampled_from([0.0, 0.0, -0.0, -300.0, -torch.inf]), min_size=VOCAB, max_size=VOCAB)
+    logits = np.array([data.draw(values) for _ in requests], np.float32)
+    logits[:, data.draw(IDS)] = 0
+    fresh = [[replace(each, rng=np.random.default_rng(seed)) for each in requests] for _ in range(2)]
+    assert sample_on_device(work, logits, fresh[0]).tolist() == sample(logits, fresh[1]).tolist()
+
+
+@EVERY_WORK
+@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4))
+def test_bias_and_penalties_are_the_hosts(work: Work, data: st.DataObject, requests: list[Asking]) -> None:
+    """In every row, whatever the others ask for."""
+    logits = logits_of(data, len(requests))
+    x = adjusted_on_device(work, logits, places(requests))
+    wanted = [adjusted(row, each.params, each.history) for row, each in zip(logits, requests, strict=True)]
+    np.testing.assert_allclose(x, wanted, rtol=1e-6, atol=4e-6)
+
+
+@EVERY_WORK
 @pytest.mark.parametrize(
     "params",
     [
@@ -161,163 +190,128 @@ def test_the_distribution_is_the_hosts(data: st.DataObject, requests: list[Askin
         {"top_p": 0.9},
         {"top_p": 0.999, "temperature": 1.5},
         {"top_k": 3000, "top_p": 0.99},
+        {"min_p": 0.01},
+        {"temperature": 1.0},
     ],
     ids=str,
 )
-def test_the_distribution_is_the_hosts_over_the_real_vocabulary(params: dict[str, Any]) -> None:
+def test_tokens_are_the_hosts_over_the_real_vocabulary(work: Work, params: dict[str, Any]) -> None:
     rng = np.random.default_rng(7)
-    logits = (rng.standard_normal((2, REAL)) * 3).astype(np.float32)
+    logits = (rng.standard_normal((3, REAL)) * 3).astype(np.float32)
     logits[:, rng.integers(0, REAL, 300)] += 9
     history = rng.integers(0, REAL, 500).tolist()
     one = {"temperature": 0.6, "repetition_penalty": 1.05} | params
-    compare(logits, [asking(history, history[:100], **one), asking(history, **one | {"top_k": 7})])
+    requests = [asking(history, history[:100], **one | more) for more in ({}, {"top_k": 7}, {"seed": 1})]
+    fresh = [replace(request, rng=np.random.default_rng(row)) for row, request in enumerate(requests)]
+    wanted = [
+        certain_token(logits[row], request, np.random.default_rng(row).random(), 1e-7)
+        for row, request in enumerate(requests)
+    ]
+    assert None not in wanted
+    assert sample_on_device(work, logits, fresh).tolist() == wanted
 
 
-def test_ties_are_broken_by_the_lower_id() -> None:
+@EVERY_WORK
+def test_ties_are_broken_by_the_lower_id(work: Work) -> None:
     """Greedy takes the first of the largest; of equal tokens the nucleus keeps those with the lowest ids."""
     logits = np.zeros((2, 1000), np.float32)
     logits[0, [700, 31, 800]] = 5
-    assert sample_on_device(there(logits), [asking(), asking()]).tolist() == [31, 0]
-    _, found = on_device(logits, [asking(temperature=1.0, top_p=0.1), asking(temperature=1.0, top_p=0.1)])
-    assert np.flatnonzero(found[1]).tolist() == list(range(100))
+    assert sample_on_device(work, logits, [asking(), asking()]).tolist() == [31, 0]
+    assert np.flatnonzero(shares(work, logits[1], [1.0, 0, 0.1, 0], 500)).tolist() == list(range(100))
 
 
-def test_shares_of_draws() -> None:
-    """Numbers spread evenly over [0, 1) give every token its share, and none to tokens without weight."""
-    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0], device=DEVICE)
-    count = 800
-    uniform = ((torch.arange(count, dtype=torch.float64, device=DEVICE) + 0.5) / count).unsqueeze(1)
-    ids = draw_rows(weights.repeat(count, 1), torch.full((count, 1), 4, device=DEVICE), uniform).squeeze(1)
-    assert torch.bincount(ids, minlength=6).tolist() == [0, 300, 0, 100, 400, 0]
-    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64, device=DEVICE)
-    assert draw_rows(weights.repeat(2, 1), torch.full((2, 1), 4, device=DEVICE), ends).flatten().tolist() == [1, 4]
+def shares(work: Work, row: np.ndarray, rules: list[float], count: int) -> np.ndarray:
+    """How often each token comes, of one row and numbers spread evenly over [0, 1)."""
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5).to(DEVICE) / count
+    rows = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    ruled = torch.tensor([rules], dtype=torch.float64, device=DEVICE).repeat(count, 1)
+    ids = work.choose(there(row[None]), rows, ruled, uniform, None, None)
+    return np.bincount(ids.cpu().numpy(), minlength=row.shape[0])
 
 
-def test_a_token_depends_on_its_own_request_alone() -> None:
-    """Alone or among others, with a seed: the same tokens again."""
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 1.0},
-        {},
-        {"temperature": 0.8, "top_k": 9},
-        {"temperature": 0.8, "top_p": 0.7},
-        {"repetition_penalty": 1.4},
-        {"temperature": 1.2, "min_p": 0.02, "logit_bias": {3: 4.0}},
-    ]
-
-    def requests() -> list[Asking]:
-        return [asking([1, 2, 3], **kind) for kind in kinds]
-
-    together = sample_on_device(logits, requests())
-    alone = [sample_on_device(logits[row : row + 1], [request])[0] for row, request in enumerate(requests())]
-    assert together.tolist() == alone
-    backwards = sample_on_device(logits.flip(0), requests()[::-1])
-    assert backwards[::-1].tolist() == alone
+@EVERY_WORK
+def test_shares_of_draws(work: Work) -> None:
+    """Every token gets its share, and those without weight none, at the edges neither."""
+    weights = np.array([0, 3, 0, 1, 4, 0], np.float64)
+    with np.errstate(divide="ignore"):
+        row = np.log(weights).astype(np.float32)
+    assert shares(work, row, [1.0, 0, 1.0, 0], 800).tolist() == [0, 300, 0, 100, 400, 0]
+    requests = [Asking(SamplingParams(temperature=1.0), rng=Fixed(value)) for value in (0.0, 1 - 2.0**-53)]
+    assert sample_on_device(work, np.stack([row, row]), requests).tolist() == [1, 4]
 
 
-@given(data=st.data(), requests=st.lists(requests_of(), min_size=1, max_size=4), most=st.sampled_from([4, 1024]))
-def test_tokens_with_a_top_k_are_the_hosts(data: st.DataObject, requests: list[Asking], most: int) -> None:
-    """With the numbers that the requests' generators give; those from the whole vocabulary are allowed ones."""
-    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
-    logits = np.array([data.draw(rows) for _ in requests], np.float32)
-    expected = sample(logits, [replace(request, rng=np.random.default_rng(5)) for request in requests])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_largest, "MOST", most)
-        patch.setattr(device_largest, "_TIES", 2)
-        fresh = [replace(request, rng=np.random.default_rng(5)) for request in requests]
-        found = sample_on_device(there(logits), fresh)
-        told = from_largest(logits, requests)
-    for row, request in enumerate(requests):
-        if row in told and 0 < request.params.top_k < VOCAB:
-            assert found[row] == expected[row]
-        else:
-            mask = request.constraint and request.constraint.mask()
-            allowed = processed_distribution(logits[row], request.params, request.history, mask)
-            assert allowed[found[row]] > 0
-
-
-@given(
-    data=st.data(),
-    request=requests_of(),
-    beside=st.lists(requests_of(), min_size=1, max_size=3),
-    most=st.sampled_from([4, 20]),
-)
+@EVERY_WORK
+@given(data=st.data(), request=requests_of(), beside=st.lists(requests_of(), min_size=1, max_size=3))
 def test_a_token_does_not_depend_on_the_rows_beside_it(
-    data: st.DataObject, request: Asking, beside: list[Asking], most: int
+    work: Work, data: st.DataObject, request: Asking, beside: list[Asking]
 ) -> None:
-    """Rows beside it have more logits looked at, or are drawn otherwise; ties are common."""
-    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
-    logits = np.array([data.draw(rows) for _ in range(len(beside) + 1)], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_largest, "MOST", most)
-        patch.setattr(device_largest, "_TIES", 2)
-        alone = sample_on_device(there(logits[:1]), [replace(request, rng=np.random.default_rng(5))])
-        requests = [replace(each, rng=np.random.default_rng(5)) for each in (request, *beside)]
-        assert sample_on_device(there(logits), requests)[0] == alone[0]
+    """Alone or among others, and in whichever order: the same token, with many ties."""
+    logits = logits_of(data, len(beside) + 1)
+    alone = sample_on_device(work, logits[:1], [replace(request, rng=np.random.default_rng(5))])
+    for order in (1, -1):
+        requests = [replace(each, rng=np.random.default_rng(5)) for each in (request, *beside)][::order]
+        assert sample_on_device(work, logits[::order].copy(), requests)[::order][0] == alone[0]
 
 
-def test_many_rows_are_drawn_from_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_chosen_from_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens are those of all rows at once."""
-    logits = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits = np.random.default_rng(0).standard_normal((7, 100)).astype(np.float32)
+    allowed = [None, np.arange(100) % 2 == 0, np.arange(100) % 3 == 0]
     kinds: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 3.0, "top_k": 60}, {"temperature": 9.0}]
     found = []
     for rows in (64, 3):
-        monkeypatch.setattr(device_round, "_ROWS", rows)
-        monkeypatch.setattr(device_largest, "MOST", 50)
-        fresh = [replace(asking(**kinds[row % 3]), rng=np.random.default_rng(row)) for row in range(7)]
-        found.append(sample_on_device(logits, fresh).tolist())
+        monkeypatch.setattr(device_torch, "_ROWS", rows)
+        requests = [asking(allowed=allowed[row // 3], **kinds[row % 3]) for row in range(7)]
+        fresh = [replace(request, rng=np.random.default_rng(row)) for row, request in enumerate(requests)]
+        found.append(sample_on_device(TorchWork(), logits, fresh).tolist())
     assert found[0] == found[1]
     assert len(set(found[0])) > 2
 
 
-def test_rows_without_a_finite_largest_logit_give_nothing() -> None:
-    logits = torch.zeros(4, 10, device=DEVICE)
-    logits[0, 3], logits[1, 4], logits[2] = torch.nan, torch.inf, -torch.inf
+@EVERY_WORK
+def test_rows_without_a_finite_largest_logit_give_nothing(work: Work) -> None:
+    logits = np.zeros((4, 10), np.float32)
+    logits[0, 3], logits[1, 4], logits[2] = np.nan, np.inf, -np.inf
     for params in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}, {"logit_bias": {1: 1.0}}):
-        found = sample_on_device(logits, [asking(**params) for _ in range(4)])
+        found = sample_on_device(work, logits, [asking(**params) for _ in range(4)])
         assert found[:3].tolist() == [-1, -1, -1], params
         assert found[3] >= 0
     nothing = asking(temperature=1.0, allowed=np.zeros(10, bool))
-    assert sample_on_device(logits[3:], [nothing]).tolist() == [-1]
+    assert sample_on_device(work, logits[3:], [nothing]).tolist() == [-1]
 
 
-@given(data=st.data(), request=requests_of(), proposed=st.lists(IDS, max_size=3))
-def test_a_chain_is_drawn_from_as_on_the_host(data: st.DataObject, request: Asking, proposed: list[int]) -> None:
+@EVERY_WORK
+@given(data=st.data(), request=requests_of(), proposed=st.lists(IDS, max_size=3), seed=st.integers(0, 9))
+def test_a_chain_is_drawn_from_as_on_the_host(
+    work: Work, data: st.DataObject, request: Asking, proposed: list[int], seed: int
+) -> None:
     """At each place of a chain of proposals, which count as output there, and leave the history as it was."""
     request.constraint = None
-    rows = st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB)
-    logits = np.array([data.draw(rows) for _ in range(len(proposed) + 2)], np.float32)
+    logits = logits_of(data, len(proposed) + 2)
     before = [request.history.ids.copy(), request.history.counts.copy()]
-    chosen = places_of(1, request, proposed)
-    x = adjusted_on_device(there(logits), chosen)
-    tokens = DeviceSampler(x.device).answer(there(logits), chosen).tokens
+    chosen = places_of(1, replace(request, rng=np.random.default_rng(seed)), proposed)
+    x = adjusted_on_device(work, logits, [replace(each, rng=Fixed(0.5), logprobs=None) for each in chosen])
+    tokens = DeviceSampler(torch.device(DEVICE), work).answer(there(logits), chosen).tokens
     assert [a.tolist() for a in (request.history.ids, request.history.counts)] == [a.tolist() for a in before]
-    for place, token in enumerate(tokens):
-        assert np.array_equal(x[place].cpu(), adjusted(logits[1 + place], request.params, request.history))
-        assert processed_distribution(logits[1 + place], request.params, request.history)[token] > 0
+    assert np.array_equal(x[0], logits[0])
+    for place, (token, uniform) in enumerate(zip(tokens, np.random.default_rng(seed).random(9), strict=False)):
+        host = adjusted(logits[1 + place], request.params, request.history)
+        np.testing.assert_allclose(x[1 + place], host, rtol=1e-6, atol=4e-6)
+        wanted = certain_token(logits[1 + place], request, uniform)
+        assert wanted is None or token == wanted
         if place < len(proposed):
             request.history.add(proposed[place])
 
 
-def test_many_ties_with_the_last_candidate() -> None:
-    """More than are looked at on the device: they are drawn from there, and nothing is lost."""
-    logits = torch.zeros(2, 500, device=DEVICE)
-    logits[0, 7] = 1
-    sampler, rng = DeviceSampler(logits.device), np.random.default_rng(0)
-    place = asking(temperature=1.0, top_k=2)
-    place.rng = rng
-    found = np.array([sampler.answer(logits, places_of(0, place, [3])).tokens for _ in range(300)])
-    assert min(len(np.unique(column)) for column in found.T) > 100
-    assert found.max() > 450
-
-
-@given(st.lists(st.lists(LOGIT, min_size=VOCAB, max_size=VOCAB), min_size=1, max_size=4))
-def test_greedy_picks_are_the_hosts(rows: list[list[float]]) -> None:
-    """Plain ones and those with penalties."""
-    logits = np.array(rows, np.float32)
-    for params in ({}, {"repetition_penalty": 1.3, "logit_bias": {5: 1.0}}):
-        requests = [asking([1, 2, 5], [5], **params) for _ in rows]
-        assert sample_on_device(there(logits), requests).tolist() == sample(logits, requests).tolist()
+@EVERY_WORK
+def test_many_ties_with_the_last_candidate(work: Work) -> None:
+    """All of them may come, however many there are."""
+    row = np.zeros(500, np.float32)
+    row[7] = 1
+    found = shares(work, row, [1.0, 2, 1.0, 0], 5000)
+    wanted = 5000 * processed_distribution(row, SamplingParams(temperature=1.0, top_k=2))
+    assert np.abs(found - wanted).max() <= 1
+    assert found.min() > 0
 
 
 def test_a_draft_on_a_device_proposes_its_likeliest_tokens() -> None:

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from support.device_works import EVERY_WORK
 from support.paged_engine import PagedEngine
 from support.stub_draft import StubDraft, noisy
 
 from angelforge import LLM, SamplingParams
 from angelforge.errors import AngelForgeError, UsageError
-from angelforge.runtime.logprobs import row_logprobs
+from angelforge.runtime.device_round import Scored
+from angelforge.runtime.device_sampling import DeviceSampler
+from angelforge.runtime.logprobs import row_logprob
 
 VOCAB = 37
 
@@ -97,18 +100,24 @@ def test_a_bias_beyond_the_vocabulary_is_told():
     assert f"the id {VOCAB}, but the model's ids are 0 to {VOCAB - 1}" in output.error
 
 
-def test_rows_on_a_device_tell_the_same():
+@EVERY_WORK
+def test_rows_on_a_device_tell_the_same(work):
     logits = np.random.default_rng(3).standard_normal((4, 5000)).astype(np.float32) * 4
     tokens = [0, 17, 4999, int(logits[3].argmax())]
-    for row, found in enumerate(row_logprobs(logits, tokens, 6)):
-        check(found, logits[row], tokens[row], 6)
-    for row, found in enumerate(row_logprobs(torch.from_numpy(logits), tokens, 6)):
-        check(found, logits[row], tokens[row], 6)
+    logits[0, [3, 9, 4000]] = logits[0].max() + 1  # of ties the lowest ids are told
+    scored = [Scored(row, token, 2 + row) for row, token in enumerate(tokens)]
+    answer = DeviceSampler(torch.device("cpu"), work).answer(torch.tensor(logits), (), scored)
+    for row, token in enumerate(tokens):
+        check(row_logprob(logits[row], token, 2 + row), logits[row], token, 2 + row)
+        check(answer.logprob(row, token, 2 + row), logits[row], token, 2 + row)
 
 
+@EVERY_WORK
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_rows_that_are_not_finite_have_no_logprobs(value):
+def test_rows_that_are_not_finite_have_no_logprobs(work, value):
     logits = np.array([[0, value, 1]], np.float32)
-    for rows in (logits, torch.from_numpy(logits)):
-        with pytest.raises(AngelForgeError, match="no finite logits"):
-            row_logprobs(rows, [0], 1)
+    with pytest.raises(AngelForgeError, match="no finite logits"):
+        row_logprob(logits[0], 0, 1)
+    answer = DeviceSampler(torch.device("cpu"), work).answer(torch.from_numpy(logits), (), [Scored(0, 0, 1)])
+    with pytest.raises(AngelForgeError, match="no finite logits"):
+        answer.logprob(0, 0, 1)
