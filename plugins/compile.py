@@ -21,6 +21,7 @@ from triton.errors import TritonError
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.binding import Binding
 from angelforge.plugins.kernel import Kernel, Tile
+from angelforge.plugins.sampling.kernels import TYPES, SamplingKernel
 
 TRITON_TYPES: dict[ir.DataType, str] = {
     ir.DataType.FLOAT: "fp32",
@@ -106,36 +107,61 @@ def compile_kernel(kernel: Kernel, binding: Binding, tile: Tile, architecture: s
     Raises:
         AngelForgeError: the kernel was imported for Triton's interpreter.
     """
-    if not isinstance(kernel.function, triton.JITFunction):
+    constants = kernel.constants(binding.dims, binding.types, tile)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    types = _types(kernel, binding, constants)
+    return _compile(kernel.operator.name, kernel.function, types, constants, options, architecture)
+
+
+def compile_sampling(kernel: SamplingKernel, architecture: str = "sm_90") -> Compiled:
+    """Compiles a kernel that chooses tokens; raises as `compile_kernel`."""
+    left_out = dict.fromkeys(kernel.left_out)
+    constants = {**left_out, **kernel.constants}
+    types = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.function.arg_names}
+    options = {"num_warps": kernel.warps}
+    return _compile(kernel.function.__name__, kernel.function, types, constants, options, architecture)
+
+
+def _compile(
+    name: str,
+    function: Any,
+    types: dict[str, str],
+    constants: Mapping[str, Any],
+    options: dict[str, int],
+    architecture: str,
+) -> Compiled:
+    """A function with these types of all parameters in order; pointers are aligned.
+
+    All is as Triton itself has it when it launches the kernel: its cache then has one entry for the two.
+    """
+    if not isinstance(function, triton.JITFunction):
         raise AngelForgeError(
-            f"The kernel of {kernel.operator.name} was imported for Triton's interpreter and cannot be compiled; "
+            f"The kernel of {name} was imported for Triton's interpreter and cannot be compiled; "
             "start Python without TRITON_INTERPRET."
         )
-    constants = kernel.constants(binding.dims, binding.types, tile)
-    signature, aligned = _signature(kernel, binding, constants)
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {
+        (i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types.values()) if kind.startswith("*")
+    }
+    if LISTS_CONSTANTS:
+        aligned |= {(i,): [] for i, kind in enumerate(types.values()) if kind == "constexpr"}
     compiled: Any = triton.compile(
-        ASTSource(kernel.function, signature, constants, aligned),
+        ASTSource(function, types, constants, aligned),
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options=options,
     )
     metadata = compiled.metadata
     return Compiled(
         entry=metadata.name,
         ptx=compiled.asm["ptx"],
         cubin=compiled.asm["cubin"],
-        warps=tile.warps,
+        warps=options["num_warps"],
         shared=metadata.shared,
         scratch=metadata.global_scratch_size + metadata.profile_scratch_size,
     )
 
 
-def _signature(
-    kernel: Kernel, binding: Binding, constants: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
-    """Triton's types of all parameters in order, and the alignment of the pointers by position.
-
-    Both as Triton itself has them when it launches the kernel: its cache then has one entry for the two.
-    """
+def _types(kernel: Kernel, binding: Binding, constants: Mapping[str, Any]) -> dict[str, str]:
+    """Triton's types of all parameters in order."""
     inputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.inputs]
     outputs = ["*" + TRITON_TYPES[binding.types[port.name]] for port in kernel.operator.outputs]
     types = [*inputs, *("i32" for _ in kernel.extras), *outputs, *("constexpr" for _ in constants)]
@@ -144,12 +170,7 @@ def _signature(
         raise ValueError(
             f"{kernel.operator.name}: parameters {names} are not inputs, extras, outputs, {list(constants)}"
         )
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {
-        (i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")
-    }
-    if LISTS_CONSTANTS:
-        aligned |= {(i,): [] for i, kind in enumerate(types) if kind == "constexpr"}
-    return dict(zip(names, types, strict=True)), aligned
+    return dict(zip(names, types, strict=True))
 
 
 def _dump(cubin: bytes) -> str:

@@ -4,11 +4,13 @@
 no GPU, and takes a minute, then seconds from Triton's cache.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import onnx_ir as ir
@@ -23,11 +25,16 @@ from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
 from angelforge.precision import Precision
 
+if TYPE_CHECKING:
+    from angelforge.plugins.compile import Compiled
+
 PROFILES = (8, 64, 256, 8192)  # most tokens of a call
 PAGE_SIZE = 64
 ARCHITECTURE = "sm_90"  # of the page
 WEIGHTS = ("weight", "table", "gate", "down", "kv_cache")  # the input whose sizes a row shows
 STEP = ("T", "pages")  # symbols that a step or a pool decides
+SAMPLING = "sampling"  # the kernels that are no operators
+PARTS = ("fp8", "bf16", SAMPLING)
 WITHOUT_KERNEL = ("AllReduce",)  # removed for one rank, a native layer for several
 
 
@@ -45,6 +52,22 @@ class Row:
     spills: int
     scratch: int
     counts: dict[str, int]
+
+    @classmethod
+    def of(cls, name: str, sizes: str, profiles: Sequence[int], tile: Tile, code: Compiled) -> Row:
+        """What compiled code says of itself."""
+        return cls(
+            operator=name,
+            sizes=sizes,
+            profiles=tuple(profiles),
+            tile=tile,
+            registers=code.registers,
+            shared=code.shared,
+            stack=code.stack,
+            spills=code.spills,
+            scratch=code.scratch,
+            counts=dict(code.counts),
+        )
 
 
 def nodes(precision: Precision) -> Iterator[tuple[Operator, Binding]]:
@@ -90,39 +113,52 @@ def rows(operator: Operator, binding: Binding, architecture: str = ARCHITECTURE)
     )
     for tile, profiles in tiles.items():
         code = compile_kernel(kernel, binding, tile, architecture)
-        yield Row(
-            operator=operator.name,
-            sizes=sizes,
-            profiles=tuple(profiles),
-            tile=tile,
-            registers=code.registers,
-            shared=code.shared,
-            stack=code.stack,
-            spills=code.spills,
-            scratch=code.scratch,
-            counts=dict(code.counts),
-        )
+        yield Row.of(operator.name, sizes, profiles, tile, code)
+
+
+def sampling_rows(architecture: str = ARCHITECTURE) -> Iterator[Row]:
+    """The kernels that choose tokens, with masks and without, compiled for an architecture."""
+    from angelforge.plugins.compile import compile_sampling
+    from angelforge.plugins.sampling import kernels
+
+    vocab: int = FULL_CONFIG["vocab_size"]
+    words = kernels.group_count(vocab)
+    for what, kernel, ids in (
+        ("", kernels.group_rows(vocab, 0, tempered=True), kernels.GROUPS_A_PROGRAM * kernels.GROUP),
+        (", masks", kernels.group_rows(vocab, words, tempered=True), kernels.GROUPS_A_PROGRAM * kernels.GROUP),
+        ("", kernels.choose(vocab, 0), kernels.CANDIDATES),
+        (", masks", kernels.choose(vocab, words), kernels.CANDIDATES),
+        ("", kernels.measure(vocab), kernels.CANDIDATES),
+        ("", kernels.penalize(vocab, 0), kernels.ENTRIES_A_PROGRAM),
+        (", proposals", kernels.penalize(vocab, 4), kernels.ENTRIES_A_PROGRAM),
+    ):
+        code = compile_sampling(kernel, architecture)
+        tile = Tile(m=1, n=ids, k=1, warps=kernel.warps, stages=1)
+        yield Row.of(kernel.function.__name__, f"{vocab}{what}", PROFILES, tile, code)
 
 
 def table(
-    precisions: Sequence[Precision],
+    parts: Sequence[str],
     operators: Sequence[str] = (),
     one_size: bool = False,
     architecture: str = ARCHITECTURE,
 ) -> dict[str, Any]:
-    """All rows by precision, and the compiler that made them.
+    """All rows of precisions and of "sampling", by these names, and the compiler that made them.
 
     Of these operators, or of all; with `one_size` of each only the first of the sizes that the graph has.
     """
     from angelforge.plugins.compile import COMPILER
 
     found: dict[str, list[dict[str, Any]]] = {}
-    for precision in precisions:
-        chosen = [node for node in nodes(precision) if not operators or node[0].name in operators]
+    for part in parts:
+        if part == SAMPLING:
+            found[part] = [asdict(row) for row in sampling_rows(architecture)]
+            continue
+        chosen = [node for node in nodes(Precision(part)) if not operators or node[0].name in operators]
         if one_size:
             chosen = list({operator.name: (operator, binding) for operator, binding in reversed(chosen)}.values())[::-1]
-        found[precision.value] = [asdict(row) for node in chosen for row in rows(*node, architecture)]
-    return {"compiler": COMPILER, "architecture": architecture, "precisions": found}
+        found[part] = [asdict(row) for node in chosen for row in rows(*node, architecture)]
+    return {"compiler": COMPILER, "architecture": architecture, "parts": found}
 
 
 FIRST_TABLE = "### "  # where the tables of the page begin
@@ -133,8 +169,8 @@ HEAD = ("operator", "sizes", "tokens ≤", "tile m×n×k, warps, stages", "regis
 def markdown(found: dict[str, Any]) -> str:
     """The tables of docs/kernels-sm90.md."""
     lines = []
-    for precision, entries in found["precisions"].items():
-        lines += [f"{FIRST_TABLE}{precision}, {found['compiler']}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
+    for part, entries in found["parts"].items():
+        lines += [f"{FIRST_TABLE}{part}, {found['compiler']}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
         for row in entries:
             tile = row["tile"]
             shape = f"{tile['m']}×{tile['n']}×{tile['k']}, {tile['warps']}, {tile['stages']}"
@@ -150,7 +186,7 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 @click.command()
-@click.argument("precisions", nargs=-1, type=click.Choice(["fp8", "bf16"]))
+@click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--operator", "operators", multiple=True, help="This operator only; may be given several times.")
 @click.option("--one-size", is_flag=True, help="Of each operator the first size only.")
 @click.option("--architecture", default=ARCHITECTURE, show_default=True, help="The GPU to compile for.")
@@ -159,7 +195,7 @@ def _line(cells: Sequence[Any]) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def kernel_table(
-    precisions: tuple[str, ...],
+    parts: tuple[str, ...],
     operators: tuple[str, ...],
     one_size: bool,
     architecture: str,
@@ -167,7 +203,7 @@ def kernel_table(
     as_json: bool,
 ) -> None:
     """Tabulate the machine code of all kernels."""
-    found = table([Precision(name) for name in precisions or ("fp8", "bf16")], operators, one_size, architecture)
+    found = table(parts or PARTS, operators, one_size, architecture)
     if page is not None:
         text = page.read_text(encoding="utf-8")
         write_atomic(page, text[: text.index(FIRST_TABLE)] + markdown(found))

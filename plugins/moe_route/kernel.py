@@ -10,6 +10,7 @@ import triton.language as tl
 from angelforge.plugins.device.expert_launch import check_experts
 from angelforge.plugins.device.launch import ceil_div
 from angelforge.plugins.device.numbers import opaque
+from angelforge.plugins.device.ordering import NO_KEY, float_key, key_float
 from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.moe_route.operator import MOE_ROUTE, ROW
 
@@ -18,20 +19,6 @@ LANES = 32
 
 # Tensors are [slab, token, lane]: slabs stand in registers, tokens are a warp each, and nothing but the bits at the end
 # crosses warps. A slab is a group of experts or, of large groups, a part. What is not there has the least key.
-_NONE = tl.constexpr(-0x80000000)
-
-
-@triton.jit
-def _key(x):
-    """int32 in the order of the f32 values x; −0 counts as 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    """The f32 values of keys."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -71,16 +58,16 @@ def _open_slabs(key, slot, groups: tl.constexpr, parts: tl.constexpr, kept: tl.c
     spread = tl.reshape(tl.broadcast_to(best[:, None, :], (groups, parts, tokens)), (slabs, tokens))[:, :, None]
     first = tl.min(_by_group(tl.min(tl.where(key == spread, slot, 0x7FFFFFFF), 2), groups, parts), 1)
     spread = tl.reshape(tl.broadcast_to(first[:, None, :], (groups, parts, tokens)), (slabs, tokens))[:, :, None]
-    second = tl.max(_by_group(tl.max(tl.where(slot == spread, _NONE, key), 2), groups, parts), 1)
-    score = _key(_value(best) + _value(second)) if pairs else best
-    score = tl.where(best == _NONE, _NONE, score)
+    second = tl.max(_by_group(tl.max(tl.where(slot == spread, NO_KEY, key), 2), groups, parts), 1)
+    score = float_key(key_float(best) + key_float(second)) if pairs else best
+    score = tl.where(best == NO_KEY, NO_KEY, score)
     group = tl.arange(0, groups)[:, None]
     opened = tl.zeros((groups, tokens), tl.int32)
     for _ in tl.static_range(kept):
         top = tl.max(score, 0)[None, :]
         winner = tl.min(tl.where(score == top, group, groups), 0)[None, :]
         opened = tl.where(group == winner, 1, opened)
-        score = tl.where(group == winner, _NONE, score)
+        score = tl.where(group == winner, NO_KEY, score)
     return tl.reshape(tl.broadcast_to(opened[:, None, :], (groups, parts, tokens)), (slabs, tokens)) > 0
 
 
@@ -164,19 +151,19 @@ def _moe_route(
     source += opaque(0, tokens)
     own = tl.minimum(tl.program_id(0) * m + line % m, tokens - 1).to(tl.int64) * experts
     biased = _sigmoid(tl.load(logits + own + source, known, 0.0)) + tl.load(bias + source, known, 0.0)
-    key = tl.where(there, _key(tl.reshape(biased, (slabs, m, lanes))), _NONE)
+    key = tl.where(there, float_key(tl.reshape(biased, (slabs, m, lanes))), NO_KEY)
     opened = _open_slabs(key, slot, padded_groups, padded_size // lanes, topk_group, size > 1)
-    key = tl.where(opened[:, :, None] | ~there, key, _key(tl.full((1, 1, 1), float("-inf"), tl.float32)))
+    key = tl.where(opened[:, :, None] | ~there, key, float_key(tl.full((1, 1, 1), float("-inf"), tl.float32)))
 
     wide: tl.constexpr = max(lanes, triton.next_power_of_2(top_k + shared))
     chosen = tl.zeros((m, wide), tl.int32)
     for j in tl.static_range(top_k):
         first = _first_of_largest(key, slot)
-        key = tl.where(slot == first, _NONE, key)
+        key = tl.where(slot == first, NO_KEY, key)
         chosen = tl.where(tl.arange(0, wide)[None, :] == j, tl.reshape(first, (m, 1)), chosen)
     chosen = chosen // padded_size * size + chosen % padded_size
     _store_choice(row, chosen, token, valid, tokens, expert_ids, expert_weights, experts, top_k, shared, factor)
-    _store_bits(expert_tokens, there & (key == _NONE), valid, expert, there, tokens, experts, shared)
+    _store_bits(expert_tokens, there & (key == NO_KEY), valid, expert, there, tokens, experts, shared)
 
 
 def _constants(dims: Mapping[str, Any], types: Mapping[str, ir.DataType], tile: Tile) -> dict[str, Any]:

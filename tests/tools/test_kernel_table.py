@@ -12,7 +12,7 @@ import pytest
 
 from angelforge.plugins.architectures import shared_limit
 from angelforge.targets import TARGETS
-from angelforge.tools.kernel_table import markdown
+from angelforge.tools.kernel_table import PARTS, markdown
 
 pytest.importorskip("triton")
 
@@ -28,12 +28,12 @@ BF16_ONLY = {"Norm", "AttentionMerge", "GateUp", "MoEGateUp", "MoEDown"}  # the 
 
 
 @cache
-def rows(precision: str, *options: str, packages: Path | None = None) -> dict[str, Any]:
-    """The table of one precision; with `packages`, by the Triton in that folder."""
+def rows(part: str, *options: str, packages: Path | None = None) -> dict[str, Any]:
+    """The table of a precision, or of sampling; with `packages`, by the Triton in that folder."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if packages is not None:
         environment["PYTHONPATH"] = str(packages)
-    command = [sys.executable, "-m", "angelforge.tools.kernel_table", "--json", precision, *options]
+    command = [sys.executable, "-m", "angelforge.tools.kernel_table", "--json", part, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(result.stdout)
@@ -81,10 +81,19 @@ def test_machine_code_of_every_tile(precision: str) -> None:
     """
     only = [] if precision == "fp8" else [f"--operator={name}" for name in BF16_ONLY]
     table = rows(precision, "--one-size", *only)
-    found = table["precisions"][precision]
+    found = table["parts"][precision]
     assert [what for row in found for what in breaks(row)] == []
     assert recorded(table) == [], REGENERATE
     assert (FP8_MATMULS if precision == "fp8" else BF16_ONLY) <= {row["operator"] for row in found}
+
+
+def test_machine_code_that_chooses_tokens() -> None:
+    """It spills nothing, fits in 48 KB and reads rows by 16 bytes; and docs/kernels-sm90.md says so."""
+    table = rows("sampling")
+    found = table["parts"]["sampling"]
+    assert [what for row in found for what in breaks(row)] == []
+    assert all(row["counts"]["16-byte loads"] > 0 for row in found if row["operator"] == "group_rows")
+    assert recorded(table) == [], REGENERATE
 
 
 def test_breaks_are_seen() -> None:
@@ -132,7 +141,7 @@ def cannot_start(table: dict[str, Any]) -> list[str]:
     limit = shared_limit(table["architecture"])
     return [
         f"{row['operator']} {row['tile']}: {row['shared']} bytes"
-        for found in table["precisions"].values()
+        for found in table["parts"].values()
         for row in found
         if row["shared"] > limit or row["scratch"] > 0
     ]
@@ -142,7 +151,7 @@ def test_the_largest_tile_starts_on_targets_of_small_blocks() -> None:
     """MoELogits' tile for prompts takes 128 KB on Hopper; other targets give a block 99."""
     assert "sm_89" in OTHERS
     table = rows("fp8", "--operator=MoELogits", "--architecture=sm_89")
-    [prompts] = [row for row in table["precisions"]["fp8"] if max(row["profiles"]) > DECODE_TOKENS]
+    [prompts] = [row for row in table["parts"]["fp8"] if max(row["profiles"]) > DECODE_TOKENS]
     assert prompts["tile"]["n"] == 16
     assert (cannot_start(table), prompts["spills"]) == ([], 0)
     assert len(cannot_start({**table, "architecture": "sm_75"})) == 1
@@ -156,7 +165,7 @@ def test_every_tile_starts_on_every_target(architecture: str, precision: str) ->
     only = [] if precision == "fp8" else [f"--operator={name}" for name in sorted(BF16_ONLY)]
     table = rows(precision, f"--architecture={architecture}", *only)
     assert cannot_start(table) == []
-    for row in table["precisions"][precision]:
+    for row in table["parts"][precision]:
         few = 2 if min(row["profiles"]) <= DECODE_TOKENS else 27  # as found by Triton 3.8
         assert row["spills"] <= (0 if row["operator"] in ("MoELogits", "PagedAttention") else few), row
 
@@ -166,7 +175,7 @@ def test_every_tile_starts_on_every_target(architecture: str, precision: str) ->
 def test_the_page_shows_what_is_compiled(precision: str) -> None:
     """docs/kernels-sm90.md stands for this code and all of the model's sizes, where the same Triton is installed."""
     found = rows(precision)
-    assert [what for row in found["precisions"][precision] for what in breaks(row)] == []
+    assert [what for row in found["parts"][precision] for what in breaks(row)] == []
     assert recorded(found) == [], REGENERATE
 
 
@@ -177,7 +186,7 @@ def test_an_older_triton_keeps_the_rules(tmp_path: Path) -> None:
     result = subprocess.run(install, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         pytest.skip(f"Triton 3.6.0 cannot be installed here: {result.stderr.strip()[-200:]}")
-    for precision in ("fp8", "bf16"):
-        found = rows(precision, packages=tmp_path)
+    for part in PARTS:
+        found = rows(part, packages=tmp_path)
         assert found["compiler"] == "Triton 3.6.0"
-        assert [what for row in found["precisions"][precision] for what in breaks(row)] == []
+        assert [what for row in found["parts"][part] for what in breaks(row)] == []

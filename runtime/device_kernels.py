@@ -1,0 +1,146 @@
+"""Launches of the kernels that choose tokens (`plugins/sampling/`): on a GPU, or on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from angelforge.plugins.sampling import kernels
+from angelforge.plugins.sampling.kernels import CANDIDATES, ENTRIES_A_PROGRAM, GROUPS_A_PROGRAM, SamplingKernel
+from angelforge.runtime.device_work import Measured
+
+MOST_ROWS = 256  # that are worked on at once: of 157,184 ids each takes 75 kB beside its logits
+
+
+class Launch:
+    """A kernel: the first call compiles it, the others look nothing up."""
+
+    def __init__(self, kernel: SamplingKernel) -> None:
+        self._kernel = kernel
+        self._constants = tuple(kernel.constants.values())
+        self._compiled: Any = None  # stays so in the interpreter
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """On torch's current stream; nothing is waited for."""
+        if self._compiled is None:
+            kernel = self._kernel
+            self._compiled = kernel.function[grid](*arguments, **kernel.constants, num_warps=kernel.warps)
+        else:
+            self._compiled[grid](*arguments, *self._constants)
+
+
+class KernelWork:
+    """`Work` by the kernels, for rows of one vocabulary at a time."""
+
+    def __init__(self) -> None:
+        self._vocab = 0
+        self._launches: dict[tuple[str, int], Launch] = {}
+        self._room: _Room | None = None
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        rules: torch.Tensor,
+        uniform: torch.Tensor,
+        mask_of: torch.Tensor | None,
+        words: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Two launches for 256 rows."""
+        chosen = torch.empty(rows.shape[0], dtype=torch.int64, device=logits.device)
+        wide = 0 if words is None else words.shape[1]
+        for begin in range(0, rows.shape[0], MOST_ROWS):
+            part = slice(begin, begin + MOST_ROWS)
+            some, own_rules = rows[part], rules[part]
+            masks = None if mask_of is None else mask_of[part]
+            room = self._group(logits, some, own_rules, masks, words)
+            self._launch("choose", wide, lambda: kernels.choose(self._vocab, wide))(
+                (some.shape[0], 1, 1),
+                logits, some, own_rules, uniform[part], masks, words, *room.tensors, chosen[part],
+            )  # fmt: skip
+        return chosen
+
+    def penalize(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        begins: torch.Tensor,
+        sizes: torch.Tensor,
+        penalties: torch.Tensor,
+        ahead_ids: torch.Tensor | None,
+        ahead_counts: torch.Tensor | None,
+        table: torch.Tensor,
+        widest: int,
+    ) -> None:
+        """One launch."""
+        self._know(logits)
+        ahead = 0 if ahead_ids is None else ahead_ids.shape[1]
+        self._launch("penalize", ahead, lambda: kernels.penalize(self._vocab, ahead))(
+            (rows.shape[0], max(1, -(-widest // ENTRIES_A_PROGRAM)), 1),
+            logits, rows, begins, sizes, penalties, ahead_ids, ahead_counts, table,
+        )  # fmt: skip
+
+    def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:
+        """Two launches for 256 rows."""
+        size, device = rows.shape[0], logits.device
+        peak, logit = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+        total = torch.empty(size, dtype=torch.float64, device=device)
+        values = torch.empty((size, count), dtype=torch.float32, device=device)
+        ids = torch.empty((size, count), dtype=torch.int32, device=device)
+        for begin in range(0, size, MOST_ROWS):
+            part = slice(begin, begin + MOST_ROWS)
+            some = rows[part]
+            room = self._group(logits, some, None, None, None)
+            self._launch("measure", 0, lambda: kernels.measure(self._vocab))(
+                (some.shape[0], 1, 1),
+                logits, some, tokens[part], *room.tensors, count,
+                peak[part], total[part], logit[part], values[part], ids[part],
+            )  # fmt: skip
+        return Measured(peak, total, logit, values, ids)
+
+    def _group(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        rules: torch.Tensor | None,
+        mask_of: torch.Tensor | None,
+        words: torch.Tensor | None,
+    ) -> _Room:
+        """What the other kernels have to know of each group of a row; without rules, as the logits are."""
+        self._know(logits)
+        size, wide, tempered = rows.shape[0], 0 if words is None else words.shape[1], rules is not None
+        if self._room is None or self._room.rows < size:
+            self._room = _Room(size, self._vocab, logits.device)
+        name = "group by rules" if tempered else "group"
+        self._launch(name, wide, lambda: kernels.group_rows(self._vocab, wide, tempered))(
+            (size, self._room.programs, 1), logits, rows, rules, mask_of, words, *self._room.tensors[:2]
+        )
+        return self._room
+
+    def _know(self, logits: torch.Tensor) -> None:
+        if logits.shape[1] != self._vocab:
+            self._vocab, self._room, self._launches = logits.shape[1], None, {}
+
+    def _launch(self, name: str, variant: int, kernel: Callable[[], SamplingKernel]) -> Launch:
+        launch = self._launches.get((name, variant))
+        if launch is None:
+            launch = self._launches[name, variant] = Launch(kernel())
+        return launch
+
+
+class _Room:
+    """What kernels hand to one another for so many rows of a vocabulary."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        groups = kernels.group_count(vocab)
+        self.rows, self.programs = rows, -(-groups // GROUPS_A_PROGRAM)
+        kinds = (
+            (groups, torch.int32),  # keys
+            (groups, torch.float32),  # sums
+            (groups, torch.int32),  # groups listed
+            (CANDIDATES, torch.float32),  # values
+            (CANDIDATES, torch.int32),  # ids
+        )
+        self.tensors = tuple(torch.empty((rows, width), dtype=kind, device=device) for width, kind in kinds)
