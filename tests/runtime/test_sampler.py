@@ -43,15 +43,42 @@ def test_a_row_without_finite_logits_gives_no_token_and_leaves_others_alone(para
     assert sample(logits, [request(params), request(SamplingParams())]).tolist() == [-1, 1]
 
 
+class Edge:
+    """A generator that gives one number, and counts how often."""
+
+    def __init__(self, value):
+        self.value, self.count = value, 0
+
+    def random(self):
+        self.count += 1
+        return self.value
+
+
 def test_tokens_of_probability_zero_are_not_drawn_at_the_edges_of_the_unit_interval():
-    class Edge:
-        def __init__(self, value):
-            self.value = value
-
-        def random(self):
-            return self.value
-
     logits = np.array([[-np.inf, 0.0, 1.0, -np.inf]], np.float32)
     for point, token in ((0.0, 1), (np.nextafter(1.0, 0.0), 2)):
         one = request(SamplingParams(temperature=1), rng=Edge(point))
         assert sample(logits, [one]).tolist() == [token]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.4}], ids=str)
+def test_a_token_is_the_first_in_the_order_of_ids_that_passes_its_part(params):
+    """Not in that of falling logits: of the weights 1/4, 1, 1/2 the least likely comes first."""
+    logits = np.log(np.array([[0.25, 1e-30, 1, 0.5]], np.float32))
+    params = SamplingParams(temperature=1, **params)
+    shares = processed_distribution(logits[0], params)
+    points = (np.arange(100) + 0.5) / 100
+    found = [int(sample(logits, [request(params, rng=Edge(point))])[0]) for point in points]
+    assert found == np.searchsorted(np.cumsum(shares), points, side="right").tolist()
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(("params", "count"), [({}, 0), ({"top_k": 1}, 1), ({"top_p": 0.01}, 1), ({"top_k": 2}, 1)])
+def test_a_token_that_is_not_greedy_takes_one_number_whatever_the_choice(params, count):
+    for logits in ([0, 3, 1], [0, np.nan, 1]):
+        rng = Edge(0.5)
+        sample(
+            np.array([logits], np.float32),
+            [request(SamplingParams(temperature=1.0 if params else 0.0, **params), rng=rng)],
+        )
+        assert rng.count == count

@@ -81,6 +81,9 @@ def test_the_distribution_is_that_of_the_rules_in_their_order(seed, vocab, sprea
     wanted = plain_distribution(logits, params, prompt, output, allowed if masked else None)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert found.sum() == pytest.approx(1)
+    ids, probabilities = candidates(logits, params, History(prompt, output), mask)
+    assert (np.diff(ids) > 0).all()
+    assert np.array_equal(probabilities, found[ids])
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1, 63, 64, 300, 5000]), st.integers(1, 40), st.booleans())
