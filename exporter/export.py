@@ -8,7 +8,7 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from angelforge import __version__
-from angelforge.atomic import lock, write_atomic
+from angelforge.atomic import lock, remove_leftovers, write_atomic
 from angelforge.bundle import Bundle, Manifest, record_file
 from angelforge.config import ModelConfig, Quantization
 from angelforge.diskerrors import explained
@@ -80,6 +80,7 @@ def export(source: str, folder: Path, options: ExportOptions, progress: Progress
     check_tokenizer(sources.folder)
     check_destination(folder, options.graph_only)
     with made(folder), lock(folder / LOCK):
+        remove_leftovers(folder)
         if sources.checkpoint is None:
             packed = []
             withdraw(folder)

@@ -20,6 +20,7 @@ from angelforge.runtime.service import ENDED
 
 _KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
 _LAST_WORDS = 1  # second for the same when the server is told twice
+_TICK = 0.1  # seconds between two looks at whether it was
 _ENGINE_GONE = 2.0  # seconds in which a server without an engine says so before it ends
 _AFTER_DRAINING = 5  # seconds until connections that still send their last words are cut,
 _AFTER_CUTTING = 5  # and until their tasks have to have noticed
@@ -106,17 +107,25 @@ class Server(uvicorn.Server):
             raise _taken(self._options.host, self._options.port, error) from None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes the door, lets the service come to an end, then the connections."""
+        """Closes the door, lets the service come to an end, then the connections; a second interrupt ends all that."""
         draining = asyncio.ensure_future(self.service.drain(self._options.drain_seconds))
         cutting = asyncio.get_running_loop().call_later(self._options.drain_seconds + _AFTER_DRAINING, self._cut)
-        await super().shutdown(sockets)
+        closing = asyncio.ensure_future(super().shutdown(sockets))
+        while not closing.done() and not self.force_exit:
+            await asyncio.wait({closing}, timeout=_TICK)
+        if self.force_exit:
+            await self._end_at_once()
+        await closing
         cutting.cancel()
         draining.cancel()
-        if self.force_exit:  # a second interrupt: uvicorn leaves the application as it is, but the LLM is closed next
-            await self.lifespan.shutdown()
-            if tasks := list(self.server_state.tasks):  # their requests have ended: they say so, if somebody reads it
-                await asyncio.wait(tasks, timeout=_LAST_WORDS)
-            logging.getLogger("uvicorn.error").disabled = True  # what is left is cut, which is no error any more
+
+    async def _end_at_once(self) -> None:
+        """Ends the service, which uvicorn leaves as it is then, and what uvicorn waits for since Python 3.12."""
+        await self.lifespan.shutdown()
+        if tasks := list(self.server_state.tasks):  # their requests have ended: they say so, if somebody reads it
+            await asyncio.wait(tasks, timeout=_LAST_WORDS)
+        logging.getLogger("uvicorn.error").disabled = True  # what is left is cut, which is no error any more
+        self._cut()
 
     def _cut(self) -> None:
         """Closes the connections whose clients do not read what was sent; their requests have ended."""

@@ -143,6 +143,14 @@ def refuse(*arguments: object) -> None:
     raise AngelForgeError("too little space")
 
 
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path, small_checkpoint: Path) -> None:
+    bundle = export(str(small_checkpoint), tmp_path / "bundle", ExportOptions()).folder
+    half = bundle / ".tokenizer.json.tmp-99999-0123abcd"
+    half.write_bytes(b"half")
+    export(str(small_checkpoint), bundle, ExportOptions())
+    assert not half.exists()
+
+
 def test_nothing_but_a_bundle_is_written_over(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", small_config())
     with pytest.raises(UsageError, match="folder of its own"):
