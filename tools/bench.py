@@ -8,13 +8,14 @@ from angelforge.tools.bench_headers import headers
 from angelforge.tools.bench_host import host
 from angelforge.tools.bench_kernels import kernels
 from angelforge.tools.bench_pack import pack
+from angelforge.tools.bench_sampling import sampling
 from angelforge.tools.bench_serve import serve
 from angelforge.tools.bench_step import step
 
 
 @click.group()
 def bench() -> None:
-    """Measure packing, header checks, steps, kernels, a GPU's decoding step, generation and servers on this machine.
+    """Measure packing, headers, steps, kernels, sampling, a GPU's decoding step, generation and servers here.
 
     \b
     Example:
@@ -22,5 +23,5 @@ def bench() -> None:
     """
 
 
-for command in (pack, headers, step, host, kernels, device, decode, serve):
+for command in (pack, headers, step, host, kernels, sampling, device, decode, serve):
     bench.add_command(command)
