@@ -6,6 +6,7 @@ A replay takes so many µs of a clock that only replays move; a stream is a name
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import pytest
@@ -44,38 +45,6 @@ class Cuda:
             def elapsed_time(self, other: "Event") -> float:
                 return (other.time - self.time) / 1000
 
-        class Graph:
-            mine = False  # the pool is the graph's to release
-
-            def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-                assert capture_error_mode == "thread_local"
-                cuda.log.append(f"begin on {cuda.stream}")
-                if cuda.begin:
-                    raise cuda.begin
-
-            def capture_end(self) -> None:
-                cuda.log.append(f"end on {cuda.stream}")
-                if cuda.end:
-                    raise cuda.end
-                self.mine = True
-                if cuda.runnable:
-                    raise cuda.runnable
-
-            def pool(self) -> tuple[int, int]:
-                if not self.mine:
-                    raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
-                return (0, 7)
-
-            def reset(self) -> None:
-                cuda.log.append("reset" + " with its pool" * self.mine)
-                self.mine = False
-
-            def replay(self) -> None:
-                cuda.now += cuda.replay + (cuda.host if cuda.idle else 0.0)
-                cuda.idle = False
-                cuda.log.append("replay")
-                cuda.replayed_on = cuda.stream
-
         @contextmanager
         def stream(number: int) -> Iterator[None]:
             before, cuda.stream = cuda.stream, number
@@ -85,7 +54,7 @@ class Cuda:
                 cuda.stream = before
 
         for name, value in (
-            ("Event", Event), ("CUDAGraph", Graph), ("stream", stream), ("Stream", lambda: next(streams)),
+            ("Event", Event), ("CUDAGraph", partial(Graph, cuda)), ("stream", stream), ("Stream", lambda: next(streams)),
             ("graph_pool_handle", lambda: (0, 7)), ("current_device", lambda: 0), ("synchronize", lambda: None),
             ("empty_cache", lambda: None),
         ):  # fmt: skip
@@ -93,3 +62,40 @@ class Cuda:
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             release = lambda device, pool, name=name: cuda.log.append(f"{name} {pool[1]}")  # noqa: E731
             monkeypatch.setattr(torch._C, name, release, raising=False)
+
+
+class Graph:
+    """In `torch.cuda.CUDAGraph`'s place."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.mine = False  # the pool is the graph's to release
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.cuda.log.append(f"begin on {self.cuda.stream}")
+        if self.cuda.begin:
+            raise self.cuda.begin
+
+    def capture_end(self) -> None:
+        self.cuda.log.append(f"end on {self.cuda.stream}")
+        if self.cuda.end:
+            raise self.cuda.end
+        self.mine = True
+        if self.cuda.runnable:
+            raise self.cuda.runnable
+
+    def pool(self) -> tuple[int, int]:
+        if not self.mine:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return (0, 7)
+
+    def reset(self) -> None:
+        self.cuda.log.append("reset" + " with its pool" * self.mine)
+        self.mine = False
+
+    def replay(self) -> None:
+        self.cuda.now += self.cuda.replay + (self.cuda.host if self.cuda.idle else 0.0)
+        self.cuda.idle = False
+        self.cuda.log.append("replay")
+        self.cuda.replayed_on = self.cuda.stream
