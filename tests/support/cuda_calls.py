@@ -6,7 +6,6 @@ A replay takes so many µs of a clock that only replays move; a stream is a name
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 
 import pytest
@@ -54,7 +53,8 @@ class Cuda:
                 cuda.stream = before
 
         for name, value in (
-            ("Event", Event), ("CUDAGraph", partial(Graph, cuda)), ("stream", stream), ("Stream", lambda: next(streams)),
+            ("Event", Event), ("CUDAGraph", type("CUDAGraph", (Graph,), {"cuda": cuda})), ("stream", stream),
+            ("Stream", lambda: next(streams)),
             ("graph_pool_handle", lambda: (0, 7)), ("current_device", lambda: 0), ("synchronize", lambda: None),
             ("empty_cache", lambda: None),
         ):  # fmt: skip
@@ -67,9 +67,8 @@ class Cuda:
 class Graph:
     """In `torch.cuda.CUDAGraph`'s place."""
 
-    def __init__(self, cuda: Cuda) -> None:
-        self.cuda = cuda
-        self.mine = False  # the pool is the graph's to release
+    cuda: Cuda  # of the class that is installed
+    mine = False  # the pool is the graph's to release
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local"
