@@ -22,24 +22,29 @@ class Row:
     """Medians of one batch size, µs a step."""
 
     batch: int
+    proposals: int  # of a draft, for each sequence
+    tokens: float  # that a step gives, of all sequences: every proposal comes out
     host: float  # everything but the engine and the arithmetic of sampling
     least: float  # of the same, the fastest step: what other programs disturb least
     slow: float  # of the same, what 99 % of the steps do not exceed
     launch: float  # of it: choosing the captured size, padding, the one copy, launching the captured step
     ask: float  # of it: what a device that samples is told, in one copy, and what it answers
-    idle: float  # of it: from the tokens' arrival to the next launch, while the GPU has nothing to do
+    idle: float  # of it: all but what is done while the GPU computes the target's step
     calls: float | None  # not of it: handing out the update of histories; None on a GPU, where it is in it
     all: float  # `host` and `calls`
-    numpy: float  # what sampling in NumPy takes instead of `ask`
+    draft: float | None  # of it: packing and launching the draft's calls, taking what they propose, remembering it
+    numpy: float | None  # what sampling in NumPy takes instead of `ask`; None with a draft
     bound: float  # once for each captured size: binding 614 tensors
     goal: float | None
 
     @classmethod
-    def of(cls, batch: int, device: Timed, host: Timed) -> Row:
+    def of(cls, batch: int, proposals: int, device: Timed, host: Timed | None) -> Row:
         """From the times of a run that only asks a device for samples, and of one that samples in NumPy."""
         steps = sorted(device.steps)
         return cls(
             batch,
+            proposals,
+            median(device.tokens),
             median(steps),
             steps[0],
             steps[len(steps) * 99 // 100],
@@ -48,23 +53,33 @@ class Row:
             median(device.idle),
             calls := median(device.calls) if device.calls else None,
             median(steps) + (calls or 0.0),
-            median(host.draws),
+            median(device.drafts) if device.drafts else None,
+            median(host.draws) if host else None,
             device.bound,
-            GOALS.get(batch),
+            None if proposals else GOALS.get(batch),
         )
 
     def columns(self) -> tuple[float | None, ...]:
         """In the order of the table that is printed."""
-        times = (self.host, self.calls, self.all, self.least, self.slow, self.launch, self.ask, self.idle)
-        return self.batch, *times, self.goal, self.numpy, self.bound
+        whole = (self.host, self.calls, self.all, self.least, self.slow)
+        parts = (self.launch, self.ask, self.draft, self.idle)
+        return self.batch, self.proposals, self.tokens, *whole, *parts, self.goal, self.numpy, self.bound
 
 
 @click.command()
 @click.option("--batch", "batches", type=click.IntRange(1, 256), multiple=True, help="Sequences; may be given again.")
 @click.option("--steps", type=click.IntRange(min=10), default=300, show_default=True, help="Steps to measure.")
 @click.option("--prompt", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Tokens of a prompt.")
+@click.option(
+    "--speculate",
+    type=click.IntRange(0, 15),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Then measure steps with N proposals for each sequence, too.",
+)
 @json_option
-def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> None:
+def host(batches: tuple[int, ...], steps: int, prompt: int, speculate: int, as_json: bool) -> None:
     """Time the host's work in a decoding step: schedule, pack, bind, launch, ask for samples, detokenise, hand out.
 
     The stepper, the runner and the sampler are those of a TensorRT engine at AntAngelMed's sizes; every request has
@@ -73,26 +88,30 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
     and neither the launches of the sampling kernels nor the driver's time are in anything. "With calls" is what the
     goal is for. They are made while the GPU computes the step: what it waits for stands under "GPU idle".
 
+    With --speculate N a draft that computes nothing proposes N tokens for each sequence, and all of them come out: the
+    most that a step can have to verify, to take and to propose again.
+
     \b
     Example:
       angelforge bench host --batch 1 --batch 32
+      angelforge bench host --speculate 3
     """
     from angelforge.tools.host_work import measure
 
-    rows = [
-        Row.of(
-            batch,
-            measure(batch, steps, prompt, on_host=False),
-            measure(batch, max(10, steps // 5), prompt, on_host=True),
-        )
-        for batch in batches or GOALS
-    ]
+    few = max(10, steps // 5)
+    rows = []
+    for batch in batches or GOALS:
+        rows.append(Row.of(batch, 0, measure(batch, steps, prompt, False), measure(batch, few, prompt, True)))
+        if speculate:
+            rows.append(Row.of(batch, speculate, measure(batch, steps, prompt, False, speculate), None))
     if as_json:
         print_json([vars(row) for row in rows])
         return
     print_table(
         (
             "batch",
+            "proposals",
+            "tokens",
             "host µs",
             "calls",
             "with calls",
@@ -100,6 +119,7 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, as_json: bool) -> No
             "99 %",
             "of it launch",
             "of it ask",
+            "of it draft",
             "GPU idle",
             "goal",
             "NumPy sampling",

@@ -23,6 +23,7 @@ from angelforge.runtime.device import open_device
 from angelforge.runtime.device_adjusting import Place
 from angelforge.runtime.device_round import Round, Scored
 from angelforge.runtime.device_sampling import Answer, DeviceSampler
+from angelforge.runtime.device_torch import TorchWork
 from angelforge.runtime.history import History
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
@@ -30,11 +31,13 @@ from angelforge.runtime.packing import Padding
 from angelforge.runtime.request import Delta, Request
 from angelforge.runtime.sampler import sample
 from angelforge.runtime.sampling import SamplingParams
+from angelforge.runtime.speculation import Speculator
 from angelforge.runtime.stepper import Stepper
 from angelforge.runtime.tensorrt_buckets import Buckets
 from angelforge.runtime.tensorrt_runner import Fixed, Runner
 from angelforge.runtime.tensorrt_session import TensorrtSession
 from angelforge.runtime.tokenizer import Tokenizer
+from angelforge.tools.empty_draft import EmptyDraft, Script
 from angelforge.tools.no_tensorrt import empty_library
 
 VOCAB, PAGE_SIZE, CONTEXT, BOUND = 157_184, 64, 131_072, 614
@@ -49,6 +52,8 @@ class Timed:
     draws: list[float] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)  # not of it: what `time_calls` tells
     idle: list[float] = field(default_factory=list)  # of it: what a GPU waits for, from a step's end to the next launch
+    drafts: list[float] = field(default_factory=list)  # of it: all calls of a draft, and what it is told and remembered
+    tokens: list[int] = field(default_factory=list)  # that the step gave, of all requests
     bound: float = 0.0  # for binding the engine's tensors to one captured size, once
 
 
@@ -59,26 +64,29 @@ class NoEngine:
     writes the bookkeeping inputs, in one copy, and launches what was captured.
     """
 
-    def __init__(self, batch: int, num_pages: int, on_host: bool) -> None:
+    def __init__(self, batch: int, num_pages: int, on_host: bool, depth: int = 0) -> None:
+        """For `batch` sequences with `depth` proposals each; `on_host` keeps off a GPU that is there."""
         self.config = ModelConfig.from_dict(FULL_CONFIG)
         self.page_size, self.num_pages, self.max_context = PAGE_SIZE, num_pages, CONTEXT
-        device = open_device("cpu" if on_host or not torch.cuda.is_available() else "cuda:0")
-        limits = StepLimits(max(1024, batch), batch, CONTEXT, PAGE_SIZE, num_pages)
-        buckets = Buckets(make_profiles(limits), batch, 0)
+        self.device = device = open_device("cpu" if on_host or not torch.cuda.is_available() else "cuda:0")
+        rows = batch * (1 + depth)
+        self.limits = limits = StepLimits(max(1024, rows), batch, CONTEXT, PAGE_SIZE, num_pages, depth)
+        buckets = Buckets(make_profiles(limits), batch, depth)
         names = [*INPUTS, *(f"tensor.{number}" for number in range(BOUND - len(INPUTS)))]
         fixed = Fixed(
             addresses={name: 256 * number for number, name in enumerate(names, 1)},
             shapes={},
             activations=device.allocate(256),
             page_size=PAGE_SIZE,
-            largest=Padding(limits.max_tokens, batch, limits.pages_per_sequence, batch),
+            largest=Padding(limits.max_tokens, batch, limits.pages_per_sequence, rows),
         )
         session = TensorrtSession(empty_library(names, device.torch), b"")
-        self._runner = Runner(session, device, device.stream(), buckets, fixed)
+        self.stream = device.stream()
+        self._runner = Runner(session, device, self.stream, buckets, fixed)
         begin = perf_counter()
         self._runner.capture()
         self.bound = (perf_counter() - begin) / len(buckets.captured)
-        logits: Float32 = np.random.default_rng(0).standard_normal((batch, VOCAB), np.float32) * 3
+        logits: Float32 = np.random.default_rng(0).standard_normal((rows, VOCAB), np.float32) * 3
         self.logits: Any = logits if on_host else torch.from_numpy(logits).to(device.torch)
         self.seconds = 0.0
 
@@ -106,18 +114,26 @@ class HostDraw:
         return ids
 
 
+class _NoWork(TorchWork):
+    """In place of what a device computes."""
+
+    def choose(self, logits: torch.Tensor, rows: torch.Tensor, *rules: Any) -> torch.Tensor:
+        return torch.zeros_like(rows)
+
+    def penalize(self, *arguments: Any) -> None:
+        """Nothing."""
+
+
 class DeviceDraw(DeviceSampler):
     """Samples on a device; where there is none, it does what the host has to do for one.
 
     That is: packing and sending of what the device is told, and dealing out what it answers. What the device would
-    compute is computed once, and not counted. The ids are others in each step, as they are in a text.
+    compute is left out. The ids are a script's, others in each step, as they are in a text.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._ids = np.random.default_rng(1).integers(256, VOCAB - 1, 4096)
-        self._next = 0
-        self._found: dict[int, dict[str, Any]] = {}  # what a device gives back, by the number of rows
+    def __init__(self, device: torch.device, script: Script) -> None:
+        super().__init__(device, None if device.type == "cuda" else _NoWork())
+        self._script = script
         self.seconds = 0.0  # of the last round
         self.hidden = 0.0  # of it what is done while the device still computes the step: all that is handed out
         self.left_out = 0.0  # what a device would do, not counted
@@ -129,40 +145,38 @@ class DeviceDraw(DeviceSampler):
         packed = self.prepare(round_, logits.shape[1])
         handed_out = perf_counter()
         self.hidden = handed_out - begin
-        self.left_out = 0.0
-        if self.device.type == "cuda":
-            found = round_.compute(logits, packed, self.histories, self.work).fetch()
-        else:
-            if len(draws) not in self._found:
-                self._found[len(draws)] = round_.compute(logits, packed, self.histories, self.work).fetch()
-            else:
-                self.histories.update(packed)
-            found = self._found[len(draws)]
-            self.left_out = perf_counter() - handed_out
+        found = round_.compute(logits, packed, self.histories, self.work).fetch()
+        self.left_out = 0.0 if self.device.type == "cuda" else perf_counter() - handed_out
         made = Answer(round_, found)
-        self._next = (self._next + len(draws)) % 4000
-        made.tokens = self._ids[self._next : self._next + len(draws)]
+        made.tokens = self._script.draw(len(draws))
         self.seconds = perf_counter() - begin - self.left_out
         return made
 
 
-def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
-    """Times decoding steps of `batch` requests after prompts of `prompt` tokens."""
+def measure(batch: int, steps: int, prompt: int, on_host: bool, depth: int = 0) -> Timed:
+    """Times decoding steps of `batch` requests after prompts of `prompt` tokens, with `depth` proposals for each.
+
+    Every proposal passes. With proposals only a device samples.
+    """
     torch.set_num_threads(1)  # the copy that stands for the one to a device is not worth two
-    limit = 2 * batch * (prompt // 512 + 1) + steps + 50  # tokens: the first decode while the last are computed
+    # Tokens: the first decode while the last are computed.
+    limit = (2 * batch * (prompt // 512 + 1) + steps + 50) * (1 + depth)
     pages = max(batch * (-(-(prompt + limit) // PAGE_SIZE) + 1), CONTEXT // PAGE_SIZE) + 1
-    engine = NoEngine(batch, pages, on_host)
-    here, there = HostDraw(), DeviceDraw(torch.device("cpu") if on_host else engine.logits.device)
+    engine, script = NoEngine(batch, pages, on_host, depth), Script(VOCAB, 1 + depth)
+    here, there = HostDraw(), DeviceDraw(torch.device("cpu") if on_host else engine.logits.device, script)
     llm = LLM.from_engine(engine, synthetic_tokenizer(), max_batch=batch)
-    limits = Limits(PAGE_SIZE, pages, CONTEXT, batch, max(1024, batch))
-    stepper = Stepper(engine, limits, None, Chooser(here, there))
+    limits = Limits(PAGE_SIZE, pages, CONTEXT, batch, engine.limits.max_tokens)
+    draft = EmptyDraft(engine.device, engine.stream, engine.limits, script) if depth else None
+    speculator = None if draft is None else Speculator(draft, limits, depth)
+    stepper = Stepper(engine, limits, speculator, Chooser(here, there))
     _start(llm, stepper, batch, prompt, limit)
     found = Timed(bound=1e6 * engine.bound)
     if there.device.type == "cpu" and not on_host:  # on a GPU they are in what is measured
-        found.calls = time_calls(batch, steps)
+        found.calls = time_calls(batch, steps, 1 + depth)
     outbox: deque[Delta] = next(iter(stepper.scheduler.running)).outbox
     for _ in range(steps):
         outbox.clear()
+        before = 0.0 if speculator is None else speculator.total.draft_seconds
         begin = perf_counter()
         stepper.step()
         seconds = perf_counter() - begin
@@ -170,12 +184,17 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool) -> Timed:
         found.launches.append(1e6 * engine.seconds)
         found.idle.append(found.steps[-1] - 1e6 * (0.0 if on_host else there.hidden))
         found.draws.append(1e6 * (here.seconds if on_host else there.seconds))
+        found.tokens.append(sum(len(delta.token_ids) for delta in outbox))
+        if speculator is not None:
+            found.drafts.append(1e6 * (speculator.total.draft_seconds - before))
+    if draft is not None:
+        draft.close()
     engine.close()
     return found
 
 
-def time_calls(batch: int, steps: int) -> list[float]:
-    """µs that torch takes to hand out what a step writes to the table of histories, with the rules that are measured.
+def time_calls(batch: int, steps: int, tokens: int = 1) -> list[float]:
+    """µs that torch takes to hand out what a step of `tokens` a request writes to the table of histories.
 
     In it: one `index_copy_` on tensors of the CPU, so that next to nothing is computed. Not in it: the one copy to the
     device, which is part of what is asked, and the launches of the kernels that take penalties and choose.
@@ -186,7 +205,8 @@ def time_calls(batch: int, steps: int) -> list[float]:
     for _ in range(steps + 10):
         for place in places:
             assert place.history is not None
-            place.history.add(1)  # as each step does
+            for token in range(1, 1 + tokens):
+                place.history.add(token)  # as each step does
         packed = sampler.prepare(Round(places, ()), VOCAB)
         begin = perf_counter()
         sampler.histories.update(packed)

@@ -1,7 +1,7 @@
 """TensorRT's calls around an engine that computes nothing: what the runtime does around them is timed, not they.
 
-On a GPU a step puts as many small kernels on the stream as a decoding step of AntAngelMed has, so that launching the
-captured step costs what it will cost.
+On a GPU a step puts as many small kernels on the stream as one of the model has, so that launching the captured step
+costs what it will cost.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ KERNELS = 330  # launches of a decoding step: about ten a layer
 class _Context:
     """Takes what it is told."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kernels: int) -> None:
         self._scratch = torch.zeros(32, device=device)
-        self._kernels = KERNELS if device.type == "cuda" else 0
+        self._kernels = kernels if device.type == "cuda" else 0
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         return True
@@ -44,19 +44,19 @@ class _Context:
 class _Engine:
     """Tensors by name alone."""
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self._names, self._device = names, device
+    def __init__(self, names: Sequence[str], device: torch.device, kernels: int) -> None:
+        self._names, self._device, self._kernels = names, device, kernels
         self.num_io_tensors = len(names)
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
 
     def create_execution_context(self, strategy: object) -> _Context:
-        return _Context(self._device)
+        return _Context(self._device, self._kernels)
 
 
-def empty_library(names: Sequence[str], device: torch.device) -> Library:
-    """A library whose engines have these tensors."""
+def empty_library(names: Sequence[str], device: torch.device, kernels: int = KERNELS) -> Library:
+    """A library whose engines have these tensors, and on a GPU launch so many kernels in a step."""
 
     class Logger:
         def __init__(self) -> None:
@@ -67,7 +67,7 @@ def empty_library(names: Sequence[str], device: torch.device) -> Library:
             """Nothing is logged."""
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> _Engine:
-            return _Engine(names, device)
+            return _Engine(names, device, kernels)
 
     class Api:
         """What a session asks of TensorRT's module."""

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
+from angelforge.runtime.batch import Batch, Int64
+from angelforge.runtime.tensorrt_runner import Runner
 from angelforge.tools.cli import main
-from angelforge.tools.host_work import VOCAB, NoEngine, synthetic_tokenizer
+from angelforge.tools.empty_draft import Script
+from angelforge.tools.host_work import VOCAB, NoEngine, measure, synthetic_tokenizer
 
 
 def test_each_batch_is_told() -> None:
@@ -18,6 +23,7 @@ def test_each_batch_is_told() -> None:
     rows = json.loads(result.stdout)
     assert [(row["batch"], row["goal"]) for row in rows] == [(1, 200.0), (3, None)]
     for row in rows:
+        assert (row["proposals"], row["tokens"], row["draft"]) == (0, row["batch"], None)
         assert 0 < row["launch"] + row["ask"] < row["host"] <= row["slow"]
         assert row["least"] <= row["host"] < row["all"]
         assert row["all"] == pytest.approx(row["host"] + row["calls"])
@@ -25,6 +31,49 @@ def test_each_batch_is_told() -> None:
         assert min(row["numpy"], row["bound"]) > 0
     result = CliRunner().invoke(main, arguments)
     assert "NumPy sampling" in result.stdout
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_with_a_draft_every_proposal_comes_out(depth: int) -> None:
+    """What the draft takes is part of what the GPU waits for; the case without one stands beside it."""
+    arguments = ["bench", "host", "--batch", "1", "--batch", "3", "--steps", "10", "--prompt", "70"]
+    result = CliRunner().invoke(main, [*arguments, "--speculate", str(depth), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    told = [(row["batch"], row["proposals"], row["tokens"], row["goal"]) for row in rows]
+    drafted = [(batch, depth, batch * (1 + depth), None) for batch in (1, 3)]
+    assert told == [(1, 0, 1, 200.0), drafted[0], (3, 0, 3, None), drafted[1]]
+    for row in rows[1::2]:
+        assert 0 < row["draft"] < row["idle"] < row["host"]
+        assert row["numpy"] is None
+
+
+def test_every_step_with_a_draft_is_a_captured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of target and draft: the first call after a check, and those of one token each; 1 + 3 runs a step."""
+    seen: list[tuple[int, int, bool]] = []
+    real = Runner.run
+
+    def run(self: Runner, batch: Batch, rows: Int64 | None = None) -> None:
+        seen.append((batch.input_ids.shape[0], batch.logit_indices.shape[0], self._buckets.choose(batch)[1]))
+        real(self, batch, rows)
+
+    monkeypatch.setattr(Runner, "run", run)
+    found = measure(2, 10, 80, on_host=False, depth=3)
+    assert seen[-40:] == [(8, 8, True), (8, 2, True), (2, 2, True), (2, 2, True)] * 10
+    assert found.tokens == [8] * 10
+    assert len(found.drafts) == 10
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(0, 2**16))
+def test_a_script_says_what_it_will_draw(requests: int, depth: int, before: int) -> None:
+    """Ids below the vocabulary, wherever the script stands."""
+    script = Script(300, 1 + depth)
+    script.draw(before)
+    proposed = np.stack([script.propose(requests, place) for place in range(1 + depth)], 1)
+    drawn = script.draw(requests * (1 + depth))
+    assert drawn.shape == (requests * (1 + depth),)
+    assert proposed.ravel().tolist() == drawn.tolist()
+    assert 256 <= drawn.min() <= drawn.max() < 300
 
 
 def test_the_tokenizer_is_as_large_as_the_models_and_gives_text() -> None:
@@ -35,9 +84,9 @@ def test_the_tokenizer_is_as_large_as_the_models_and_gives_text() -> None:
         assert 2 <= len(tokenizer.decode([token])) <= 9
 
 
-@pytest.mark.parametrize("value", ["0", "257"])
-def test_batches_that_make_no_sense_are_refused(value: str) -> None:
-    assert CliRunner().invoke(main, ["bench", "host", "--batch", value]).exit_code == 2
+@pytest.mark.parametrize("asked", ["--batch 0", "--batch 257", "--speculate -1", "--speculate auto"])
+def test_what_makes_no_sense_is_refused(asked: str) -> None:
+    assert CliRunner().invoke(main, ["bench", "host", *asked.split()]).exit_code == 2
 
 
 def test_logits_lie_in_memory_already() -> None:
