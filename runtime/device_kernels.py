@@ -77,9 +77,10 @@ class KernelWork:
         """One launch."""
         self._know(logits)
         ahead = 0 if ahead_ids is None else ahead_ids.shape[1]
-        self._launch("penalize", ahead, lambda: kernels.penalize(self._vocab, ahead))(
+        columns = kernels.columns_for(ahead)
+        self._launch("penalize", columns, lambda: kernels.penalize(self._vocab, columns))(
             (rows.shape[0], max(1, -(-widest // ENTRIES_A_PROGRAM)), 1),
-            logits, rows, begins, sizes, penalties, ahead_ids, ahead_counts, table,
+            logits, rows, begins, sizes, penalties, ahead_ids, ahead_counts, table, ahead,
         )  # fmt: skip
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:

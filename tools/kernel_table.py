@@ -130,7 +130,7 @@ def sampling_rows(architecture: str = ARCHITECTURE) -> Iterator[Row]:
         (", masks", kernels.choose(vocab, words), kernels.CANDIDATES),
         ("", kernels.measure(vocab), kernels.CANDIDATES),
         ("", kernels.penalize(vocab, 0), kernels.ENTRIES_A_PROGRAM),
-        (", proposals", kernels.penalize(vocab, 4), kernels.ENTRIES_A_PROGRAM),
+        (", proposals", kernels.penalize(vocab, kernels.columns_for(4)), kernels.ENTRIES_A_PROGRAM),
     ):
         code = compile_sampling(kernel, architecture)
         tile = Tile(m=1, n=ids, k=1, warps=kernel.warps, stages=1)

@@ -22,6 +22,7 @@ TYPES: dict[str, str] = {
     **dict.fromkeys(("rows", "tokens", "begins", "sizes", "chosen"), "*i64"),
     **dict.fromkeys(("mask_of", "masks", "keys", "groups_listed", "ids", "top_ids", "ahead_ids", "table"), "*i32"),
     "count": "i32",
+    "ahead": "i32",
 }
 
 
@@ -55,11 +56,15 @@ def measure(vocab: int) -> SamplingKernel:
     return SamplingKernel(measure_rows, {"vocab": vocab, "width": width}, _warps(width))
 
 
-def penalize(vocab: int, ahead: int) -> SamplingKernel:
-    """With so many proposals a row at most."""
-    padded = 1 << max(ahead - 1, 0).bit_length()
-    constants = {"vocab": vocab, "ahead": ahead, "padded_ahead": padded, "tile": penalties.TILE}
-    return SamplingKernel(penalties.penalize_rows, constants, 4, () if ahead else ("ahead_ids", "ahead_counts"))
+def penalize(vocab: int, columns: int) -> SamplingKernel:
+    """With at most so many proposals a row, of `columns_for`."""
+    constants = {"vocab": vocab, "columns": columns, "tile": penalties.TILE}
+    return SamplingKernel(penalties.penalize_rows, constants, 4, () if columns else ("ahead_ids", "ahead_counts"))
+
+
+def columns_for(ahead: int) -> int:
+    """What `ahead` proposals a row are padded to, so that few kernels serve all."""
+    return max(8, 1 << (ahead - 1).bit_length()) if ahead else 0
 
 
 def group_count(vocab: int) -> int:

@@ -14,7 +14,7 @@ def _penalized(x, count, repetition, frequency, presence):
     return x - tl.where(count > 0, presence, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def penalize_rows(
     logits,  # f32 [R, vocab], changed
     rows,  # int64 [k]
@@ -24,9 +24,9 @@ def penalize_rows(
     ahead_ids,  # int32 [k, ahead]; −1: nothing
     ahead_counts,  # f32 [k, ahead]: these ids count so often, whatever the table says
     table,  # int32 [entries, 2]: id, count
+    ahead,
     vocab: tl.constexpr,
-    ahead: tl.constexpr,  # 0 for none
-    padded_ahead: tl.constexpr,  # a power of two ≥ ahead
+    columns: tl.constexpr,  # a power of two ≥ ahead, 0 for none
     tile: tl.constexpr,
 ):
     """Grid (k, ⌈longest history / tile⌉, at least 1)."""
@@ -40,8 +40,8 @@ def penalize_rows(
     at = (tl.load(begins + place) + entry) * 2
     token = tl.load(table + at, known, 0)
     count = tl.load(table + at + 1, known, 0).to(tl.float32)
-    if ahead > 0:
-        column = tl.arange(0, padded_ahead)
+    if columns > 0:
+        column = tl.arange(0, columns)
         proposed = tl.load(ahead_ids + place * ahead + column, column < ahead, -1)
         known = known & (tl.sum((token[:, None] == proposed[None, :]).to(tl.int32), 1) == 0)
         if tl.program_id(1) == 0:
