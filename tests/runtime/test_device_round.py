@@ -183,6 +183,17 @@ def test_only_what_is_new_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sent[1:]) < 100
 
 
+@pytest.mark.parametrize(("params", "sends"), [({}, 1), ({"logit_bias": {3: 1.0}}, 1), ({"temperature": 1.0}, 3)])
+def test_requests_that_ask_for_the_same_again_are_not_sent_again(params: dict[str, Any], sends: int) -> None:
+    """Of three steps the first alone sends the rules; a number for each token has to go there."""
+    places = places_of(0, drawing(SamplingParams(**params)), [])
+    with watched() as watch:
+        sampler = DeviceSampler(FAR)
+        for _ in range(3):
+            sampler.answer(far(torch.zeros(1, VOCAB)), places)
+    assert (watch.sends, watch.fetches) == (sends, 3)
+
+
 IDS = st.integers(0, 20)
 
 
