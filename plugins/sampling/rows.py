@@ -14,6 +14,7 @@ from angelforge.plugins.device.ordering import NO_KEY, float_key
 GROUP = tl.constexpr(32)  # ids; one word of a mask
 CANDIDATES = tl.constexpr(2048)  # that are listed at most, and read in one go; rows with more are searched as a whole
 LISTED_GROUPS = tl.constexpr(64)  # that are read at once to list candidates
+WAYS = tl.constexpr(8)  # in which a search among candidates parts what is left, at the cost of one pass
 SMALLEST_DIVISOR = tl.constexpr(1e-30)  # a temperature; as in runtime/distribution.py
 
 
@@ -123,14 +124,27 @@ def mass_from(source, length, mask, least, peak, divisor, words: tl.constexpr):
 
 
 @triton.jit
+def _mark(low, high, number):
+    """The `number`-th of eight keys that part (low, high] evenly; the eighth is `high`."""
+    span = high.to(tl.int64) - low.to(tl.int64)
+    return (low + ((span * number + (WAYS - 1)) // WAYS)).to(tl.int32)
+
+
+@triton.jit
 def count_limit(source, length, mask, wanted, least, most, words: tl.constexpr):
-    """int32: the largest key in [least, most] with `wanted` logits not below it; `least` must have so many."""
+    """int32: the largest key in [least, most] with `wanted` logits not below it, or `least`."""
     low, high = least, most
     while low < high:
-        mid = middle(low, high)
-        enough = count_from(source, length, mask, mid, words) >= wanted
-        low = tl.where(enough, mid, low)
-        high = tl.where(enough, high, mid - 1)
+        marks = _mark(low, high, tl.arange(0, WAYS) + 1)[None, :]
+        found = tl.zeros((WAYS,), tl.int32)
+        for begin in range(0, length, CANDIDATES):
+            token = begin + tl.arange(0, CANDIDATES)
+            key = logit_key(load_logits(source, token, token < length, mask, words))
+            key = tl.where(token < length, key, NO_KEY)[:, None]
+            found += tl.sum((key >= marks).to(tl.int32), 0)
+        enough = tl.sum((found >= wanted).to(tl.int32))
+        below, above = _mark(low, high, enough), _mark(low, high, enough + 1) - 1
+        low, high = tl.where(enough > 0, below, low), tl.where(enough < WAYS, above, high)
     return low
 
 
@@ -139,8 +153,14 @@ def mass_limit(source, length, mask, wanted, least, most, peak, divisor, words: 
     """int32: the largest key in [least, most] with logits that weigh `wanted` not below it, or `least`."""
     low, high = least, most
     while low < high:
-        mid = middle(low, high)
-        enough = mass_from(source, length, mask, mid, peak, divisor, words) >= wanted
-        low = tl.where(enough, mid, low)
-        high = tl.where(enough, high, mid - 1)
+        marks = _mark(low, high, tl.arange(0, WAYS) + 1)[None, :]
+        found = tl.zeros((WAYS,), tl.float64)
+        for begin in range(0, length, CANDIDATES):
+            token = begin + tl.arange(0, CANDIDATES)
+            x = load_logits(source, token, token < length, mask, words)
+            weight = weights_of(x, peak, divisor)[:, None]
+            found += tl.sum(tl.where(logit_key(x)[:, None] >= marks, weight, 0.0), 0).to(tl.float64)
+        enough = tl.sum((found >= wanted).to(tl.int32))
+        below, above = _mark(low, high, enough), _mark(low, high, enough + 1) - 1
+        low, high = tl.where(enough > 0, below, low), tl.where(enough < WAYS, above, high)
     return low
