@@ -19,6 +19,7 @@ from angelforge.runtime.verification import judge
 
 if TYPE_CHECKING:
     from angelforge.runtime.device_sampling import DeviceSampler
+    from angelforge.runtime.engines import Engine
 
 _NO_TOKEN = (
     "The engine computed no finite logits, so no token could be chosen. Check the weights with `inspect --verify`."
@@ -67,6 +68,21 @@ class Chooser:
         """`draw` takes tokens from logits on the host, `sampler` from those on a device; a benchmark times them."""
         self._draw = draw
         self._sampler = sampler
+
+    @classmethod
+    def beside(cls, engine: Engine) -> Chooser:
+        """For an engine's logits. Where they stay on a device, what chooses there is made ready now.
+
+        Raises AngelForgeError where that fails.
+        """
+        device = getattr(engine, "logits_device", None)  # of those whose logits stay there
+        if device is None:
+            return cls()
+        from angelforge.runtime.device_sampling import DeviceSampler  # it needs torch
+
+        sampler = DeviceSampler(device)
+        sampler.work.prepare(engine.config.vocab_size, device)
+        return cls(sampler=sampler)
 
     def choose(self, step: Sequence[Scheduled], logits: Any, speculator: Speculator | None) -> None:
         """Of `logits` f32 [R, vocab]. A request that cannot go on ends with an error; others are unharmed.

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from angelforge.runtime.batch import Int32
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_transfer import Packed
 from angelforge.runtime.device_work import Work
 from angelforge.runtime.history import History
 
 if TYPE_CHECKING:
-    from angelforge.runtime.constraint import Constraint
+    from angelforge.runtime.constraint import Constraint, UInt32
     from angelforge.runtime.sampler import Drawing
     from angelforge.runtime.sampling import SamplingParams
 
@@ -53,7 +54,7 @@ class Standing:
 
     def __init__(self, vocab: int, places: Sequence[Place]) -> None:
         """Of rows of `vocab` logits."""
-        self._key = _key(vocab, places)
+        self._key, self._vocab = _key(vocab, places), vocab
         params = [place.params for place in places]
         rows = np.array([place.row for place in places], np.int64)
         self.arrays: dict[str, Any] = {}
@@ -95,8 +96,17 @@ class Standing:
             packed.add("uniform", np.array(drawn))
         if self.masked:
             masks = [constraint.mask() for number in self.masked if (constraint := places[number].constraint)]
-            packed.add("words", np.stack(masks).view(np.int32))
+            packed.add("words", _padded(masks, self._vocab))
         return _pack_seen(packed, [places[number] for number in self.penalized], histories) if self.penalized else 0
+
+
+def _padded(masks: Sequence[UInt32], vocab: int) -> Int32:
+    """Masks int32 [n, ⌈vocab / 32⌉], nothing allowed beyond their ends: one shape, so one kernel, for every tokenizer."""
+    words = np.zeros((len(masks), -(-vocab // 32)), np.int32)
+    for row, mask in zip(words, masks, strict=True):
+        size = min(len(row), len(mask))
+        row[:size] = mask[:size].view(np.int32)
+    return words
 
 
 def _key(vocab: int, places: Sequence[Place]) -> tuple[list[Any], list[SamplingParams]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
 
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
 from angelforge.plugins.sampling.kernels import CANDIDATES, ENTRIES_A_PROGRAM, GROUPS_A_PROGRAM, SamplingKernel
 from angelforge.runtime.device_work import Measured
@@ -31,6 +34,19 @@ class Launch:
             self._compiled[grid](*arguments, *self._constants)
 
 
+@contextmanager
+def explained_compiler() -> Iterator[None]:
+    """Turns what Triton raises when it compiles or loads a kernel into an AngelForgeError."""
+    try:
+        yield
+    except (RuntimeError, OSError, SubprocessError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise AngelForgeError(
+            f"Triton cannot make the kernels that choose tokens: {first}. It needs a C compiler (apt install gcc) and "
+            "a folder of its own that can be written to (TRITON_CACHE_DIR)."
+        ) from error
+
+
 class KernelWork:
     """`Work` by the kernels, for rows of one vocabulary at a time."""
 
@@ -38,6 +54,23 @@ class KernelWork:
         self._vocab = 0
         self._launches: dict[tuple[str, int], Launch] = {}
         self._room: _Room | None = None
+
+    def prepare(self, vocab: int, device: torch.device) -> None:
+        """Launches every kernel once, so that no request waits for Triton: some ten seconds, later ones from its cache.
+
+        Raises AngelForgeError where Triton cannot compile or load one.
+        """
+        with explained_compiler():
+            logits = torch.zeros((1, vocab), device=device)
+            row, number = (torch.zeros(1, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
+            rules, uniform = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((1, 4), 1))
+            masks = torch.zeros((1, kernels.group_count(vocab)), dtype=torch.int32, device=device)
+            self.choose(logits, row, rules, uniform, None, None)
+            self.choose(logits, row, rules, uniform, number, masks)
+            self.measure(logits, row, row, 1)
+            nothing = torch.zeros((1, 3), device=device), torch.zeros((1, 2), dtype=torch.int32, device=device)
+            for ahead in ((None, None), (number.view(1, 1), torch.zeros((1, 1), device=device))):
+                self.penalize(logits, row, row, row, nothing[0], *ahead, nothing[1], 0)
 
     def choose(
         self,

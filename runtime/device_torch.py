@@ -14,6 +14,9 @@ _SMALLEST_DIVISOR = 1e-30  # as in distribution.py
 class TorchWork:
     """See `Work`."""
 
+    def prepare(self, vocab: int, device: torch.device) -> None:
+        """There is nothing to do."""
+
     def choose(
         self,
         logits: torch.Tensor,

@@ -25,6 +25,9 @@ class Work(Protocol):
     A row's result depends on its own logits and rules alone. Rows are named int64, each at most once in a call.
     """
 
+    def prepare(self, vocab: int, device: torch.device) -> None:
+        """Makes ready on a device what rows of `vocab` logits need; raises AngelForgeError where that fails."""
+
     def choose(
         self,
         logits: torch.Tensor,

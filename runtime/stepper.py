@@ -23,11 +23,14 @@ class Stepper:
     def __init__(
         self, engine: Engine, limits: Limits, speculator: Speculator | None = None, chooser: Chooser | None = None
     ) -> None:
-        """`chooser` takes tokens from logits; a benchmark times its parts."""
+        """`chooser` takes tokens from logits, by default one made for the engine; a benchmark times its parts.
+
+        Raises AngelForgeError where the engine's device cannot be made ready to choose.
+        """
         self.engine = engine
         self.scheduler = Scheduler(limits, 0 if speculator is None else speculator.most, speculator is not None)
         self.speculator = speculator
-        self._chooser = chooser or Chooser()
+        self._chooser = chooser or Chooser.beside(engine)
 
     def add(self, request: Request) -> None:
         """Queues a request; raises UsageError if the cache could not hold its longest output even alone."""

@@ -82,7 +82,7 @@ class TensorRTEngine:
                 "lower --max-batch, or build it with a larger one."
             )
         self.captured_batch, self.session_library = options.max_batch, library
-        self.device, self.stream = device, device.stream()
+        self.device, self.stream, self.logits_device = device, device.stream(), device.torch
         session = TensorrtSession(library, opened.plan, options.on_context)
         more = () if options.rank is None else ("rank",)
         bindings = session.bindings(more, ("logits",) if manifest.draft is None else ("draft_hidden", "logits"))

@@ -12,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.interpreter import exact_interpreter
+from support.paged_engine import PagedEngine
 
+from angelforge import LLM
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
-from angelforge.runtime import device_kernels
+from angelforge.runtime import device_kernels, device_sampling
 from angelforge.runtime.device_kernels import KernelWork, Launch
 from angelforge.runtime.distribution import adjust, choices
 from angelforge.runtime.history import History
@@ -277,3 +280,55 @@ def test_penalties_are_the_hosts(data: st.DataObject, ahead: int) -> None:
         max(len(each) for each in entries),
     )
     assert np.array_equal(there.numpy(), wanted)
+
+
+def test_all_that_steps_launch_is_made_ready() -> None:
+    """After `prepare` no request waits for a kernel, with masks and proposals and without."""
+    work, rng = KernelWork(), np.random.default_rng(0)
+    work.prepare(100, torch.device("cpu"))
+    ready = set(work._launches)
+    logits, rows = torch.from_numpy(rng.standard_normal((3, 100)).astype(np.float32)), torch.arange(3)
+    rules, uniform = torch.tensor([[1.0, 5, 0.9, 0]] * 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    penalties, table = torch.ones((3, 3)), torch.zeros((9, 2), dtype=torch.int32)
+    for masks in ((None, None), (torch.zeros(3, dtype=torch.int32), torch.full((1, 4), -1, dtype=torch.int32))):
+        work.choose(logits, rows, rules, uniform, *masks)
+    work.measure(logits, rows, rows, 9)
+    for ahead in (0, 1, 5, 8):
+        listed = (torch.zeros((3, ahead), dtype=torch.int32), torch.zeros((3, ahead))) if ahead else (None, None)
+        work.penalize(logits, rows, rows, rows, penalties, *listed, table, 3)
+    assert set(work._launches) == ready
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler.\nmore"), OSError("no space"), LookupError()]
+)
+def test_what_triton_lacks_is_told_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What is no fault of the machine stays what it is."""
+
+    def fail(self: Launch, *arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Launch, "__call__", fail)
+    wanted = KeyError if isinstance(error, KeyError) else AngelForgeError
+    with pytest.raises(wanted, match=r"^$|choose tokens: (Failed to find C compiler|no space)\. It needs a C compiler"):
+        KernelWork().prepare(100, torch.device("cpu"))
+
+
+def test_requests_are_served_as_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of different rules at once, with logprobs, where the logits are torch's."""
+    monkeypatch.setattr(device_sampling, "work_of", lambda device: KernelWork())
+    params = [
+        SamplingParams(max_tokens=5, temperature=0.8, top_k=5, seed=1, repetition_penalty=1.3, logit_bias={3: 2.0}),
+        SamplingParams(max_tokens=5, temperature=1.0, top_p=0.9, seed=2, logprobs=2),
+        SamplingParams(max_tokens=5, frequency_penalty=0.4),
+    ]
+    found = []
+    for where in (torch.from_numpy, lambda logits: logits):
+        engine = PagedEngine(4, 64, 64, 37)
+        forward = engine.forward
+        monkeypatch.setattr(engine, "forward", lambda batch, where=where, forward=forward: where(forward(batch)))
+        found.append(LLM.from_engine(engine).generate([[5, 6, 7], [8], [9] * 4], params))
+    for one, other in zip(*found, strict=True):
+        assert (one.token_ids, one.error) == (other.token_ids, None)
+    told, wanted = ([(each.token, each.top[0][0]) for each in outputs[1].logprobs] for outputs in found)
+    assert told == wanted
