@@ -101,7 +101,7 @@ class Standing:
 
 
 def _padded(masks: Sequence[UInt32], vocab: int) -> Int32:
-    """Masks int32 [n, ⌈vocab / 32⌉], nothing allowed beyond their ends: one shape, so one kernel, for every tokenizer."""
+    """Masks int32 [n, ⌈vocab / 32⌉], nothing allowed beyond their ends: one kernel then serves every tokenizer."""
     words = np.zeros((len(masks), -(-vocab // 32)), np.int32)
     for row, mask in zip(words, masks, strict=True):
         size = min(len(row), len(mask))

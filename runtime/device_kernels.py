@@ -68,9 +68,11 @@ class KernelWork:
             self.choose(logits, row, rules, uniform, None, None)
             self.choose(logits, row, rules, uniform, number, masks)
             self.measure(logits, row, row, 1)
-            nothing = torch.zeros((1, 3), device=device), torch.zeros((1, 2), dtype=torch.int32, device=device)
-            for ahead in ((None, None), (number.view(1, 1), torch.zeros((1, 1), device=device))):
-                self.penalize(logits, row, row, row, nothing[0], *ahead, nothing[1], 0)
+            penalties = torch.zeros((1, 3), device=device)
+            table = torch.zeros((1, 2), dtype=torch.int32, device=device)
+            counts = torch.zeros((1, 1), device=device)
+            self.penalize(logits, row, row, row, penalties, None, None, table, 0)
+            self.penalize(logits, row, row, row, penalties, number.view(1, 1), counts, table, 0)
 
     def choose(
         self,

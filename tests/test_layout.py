@@ -79,7 +79,7 @@ def test_directions_are_seen(name: str, text: str, wrong: int) -> None:
 
 
 def test_triton_is_imported_by_kernels_only() -> None:
-    """Only kernels, the device functions that they share, their compiler, and what takes its GPU's place import triton."""
+    """Only kernels, the device functions that they share, their compiler, and what takes a GPU's place do."""
     allowed = re.compile(r"(plugins/(\w+/kernel|device/\w+|sampling/\w+|compile)|tools/no_triton)\.py")
     found = [
         f"{source.name}:{line}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from angelforge.tools.gpu_needed import require_kernels
 from angelforge.tools.options import json_option
 from angelforge.tools.output import print_json, print_table
 
@@ -24,14 +25,12 @@ class Row:
     batch: int
     proposals: int  # of a draft, for each sequence
     tokens: float  # that a step gives, of all sequences: every proposal comes out
-    host: float  # everything but the engine and the arithmetic of sampling
+    host: float  # everything but the engine and, on the host, the arithmetic of sampling
     least: float  # of the same, the fastest step: what other programs disturb least
     slow: float  # of the same, what 99 % of the steps do not exceed
     launch: float  # of it: choosing the captured size, padding, the one copy, launching the captured step
-    ask: float  # of it: what a device that samples is told, in one copy, and what it answers
+    ask: float  # of it: what a device that samples is told, in one copy, its launches, and what it answers
     idle: float  # of it: all but what is done while the GPU computes the target's step
-    calls: float | None  # not of it: handing out the update of histories; None on a GPU, where it is in it
-    all: float  # `host` and `calls`
     draft: float | None  # of it: packing and launching the draft's calls, taking what they propose, remembering it
     numpy: float | None  # what sampling in NumPy takes instead of `ask`; None with a draft
     bound: float  # once for each captured size: binding 614 tensors
@@ -51,8 +50,6 @@ class Row:
             median(device.launches),
             median(device.draws),
             median(device.idle),
-            calls := median(device.calls) if device.calls else None,
-            median(steps) + (calls or 0.0),
             median(device.drafts) if device.drafts else None,
             median(host.draws) if host else None,
             device.bound,
@@ -61,7 +58,7 @@ class Row:
 
     def columns(self) -> tuple[float | None, ...]:
         """In the order of the table that is printed."""
-        whole = (self.host, self.calls, self.all, self.least, self.slow)
+        whole = (self.host, self.least, self.slow)
         parts = (self.launch, self.ask, self.draft, self.idle)
         return self.batch, self.proposals, self.tokens, *whole, *parts, self.goal, self.numpy, self.bound
 
@@ -84,9 +81,9 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, speculate: int, as_j
 
     The stepper, the runner and the sampler are those of a TensorRT engine at AntAngelMed's sizes; every request has
     penalties, a temperature, top-k, top-p and stop strings, and the tokenizer has 157,184 ids. On a GPU all is
-    launched, and waited for; without one, torch's call that writes to the histories is timed by itself ("calls"),
-    and neither the launches of the sampling kernels nor the driver's time are in anything. "With calls" is what the
-    goal is for. They are made while the GPU computes the step: what it waits for stands under "GPU idle".
+    launched, and waited for; without one, the sampling kernels are compiled for Hopper and launched on nothing, so
+    that only the driver's own time is missing. What a GPU waits for stands under "GPU idle": the rest is done while
+    it computes the step.
 
     With --speculate N a draft that computes nothing proposes N tokens for each sequence, and all of them come out: the
     most that a step can have to verify, to take and to propose again.
@@ -96,6 +93,7 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, speculate: int, as_j
       angelforge bench host --batch 1 --batch 32
       angelforge bench host --speculate 3
     """
+    require_kernels("bench host")
     from angelforge.tools.host_work import measure
 
     few = max(10, steps // 5)
@@ -113,8 +111,6 @@ def host(batches: tuple[int, ...], steps: int, prompt: int, speculate: int, as_j
             "proposals",
             "tokens",
             "host µs",
-            "calls",
-            "with calls",
             "fastest",
             "99 %",
             "of it launch",

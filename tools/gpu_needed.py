@@ -25,13 +25,16 @@ def require_gpu(command: str) -> GpuFacts:
             "This machine has no NVIDIA GPU, or its driver does not work (see angelforge doctor), so there is nothing "
             f"to measure: run {command} on a machine with one, see docs/measurements/README.md."
         )
-    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
-    if missing:
-        raise AngelForgeError(
-            f"Measuring kernels needs {' and '.join(missing)}: pip install 'angelforge[torch,triton]'."
-        )
+    require_kernels(command)
     import torch
 
     if not torch.cuda.is_available():
         raise AngelForgeError(f"torch {torch.__version__} cannot use the {facts.name}; install torch built for CUDA.")
     return facts
+
+
+def require_kernels(command: str) -> None:
+    """Raises AngelForgeError where kernels cannot even be compiled for `command`."""
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        raise AngelForgeError(f"{command} needs {' and '.join(missing)}: pip install 'angelforge[torch,triton]'.")

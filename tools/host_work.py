@@ -21,10 +21,9 @@ from angelforge.runtime.batch import INPUTS, Batch, Float32, Int64
 from angelforge.runtime.choosing import Chooser
 from angelforge.runtime.device import open_device
 from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_kernels import KernelWork
 from angelforge.runtime.device_round import Round, Scored
 from angelforge.runtime.device_sampling import Answer, DeviceSampler
-from angelforge.runtime.device_torch import TorchWork
-from angelforge.runtime.history import History
 from angelforge.runtime.limits import Limits
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.packing import Padding
@@ -39,6 +38,7 @@ from angelforge.runtime.tensorrt_session import TensorrtSession
 from angelforge.runtime.tokenizer import Tokenizer
 from angelforge.tools.empty_draft import EmptyDraft, Script
 from angelforge.tools.no_tensorrt import empty_library
+from angelforge.tools.no_triton import launch_nothing
 
 VOCAB, PAGE_SIZE, CONTEXT, BOUND = 157_184, 64, 131_072, 614
 
@@ -114,42 +114,32 @@ class HostDraw:
         return ids
 
 
-class _NoWork(TorchWork):
-    """In place of what a device computes."""
-
-    def choose(self, logits: torch.Tensor, rows: torch.Tensor, *rules: Any) -> torch.Tensor:
-        return torch.zeros_like(rows)
-
-    def penalize(self, *arguments: Any) -> None:
-        """Nothing."""
-
-
 class DeviceDraw(DeviceSampler):
-    """Samples on a device; where there is none, it does what the host has to do for one.
+    """Samples on a device; where there is no GPU, by the kernels of one that are launched on nothing.
 
-    That is: packing and sending of what the device is told, and dealing out what it answers. What the device would
-    compute is left out. The ids are a script's, others in each step, as they are in a text.
+    So a step does all that the host does for a device: packing and sending what it is told, launching, dealing out what
+    it answers. The ids are a script's, others in each step, as they are in a text.
     """
 
     def __init__(self, device: torch.device, script: Script) -> None:
-        super().__init__(device, None if device.type == "cuda" else _NoWork())
+        if device.type != "cuda":
+            launch_nothing()
+        super().__init__(device, KernelWork())
+        self.work.prepare(VOCAB, device)
         self._script = script
         self.seconds = 0.0  # of the last round
         self.hidden = 0.0  # of it what is done while the device still computes the step: all that is handed out
-        self.left_out = 0.0  # what a device would do, not counted
 
     def answer(self, logits: torch.Tensor, draws: Sequence[Place], scored: Sequence[Scored] = ()) -> Answer:
         """As the sampler's."""
         begin = perf_counter()
         round_ = Round(draws, scored)
         packed = self.prepare(round_, logits.shape[1])
-        handed_out = perf_counter()
-        self.hidden = handed_out - begin
-        found = round_.compute(logits, packed, self.histories, self.work).fetch()
-        self.left_out = 0.0 if self.device.type == "cuda" else perf_counter() - handed_out
-        made = Answer(round_, found)
+        parcel = round_.compute(logits, packed, self.histories, self.work)
+        self.hidden = perf_counter() - begin
+        made = Answer(round_, parcel.fetch())
         made.tokens = self._script.draw(len(draws))
-        self.seconds = perf_counter() - begin - self.left_out
+        self.seconds = perf_counter() - begin
         return made
 
 
@@ -171,8 +161,6 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool, depth: int = 0) 
     stepper = Stepper(engine, limits, speculator, Chooser(here, there))
     _start(llm, stepper, batch, prompt, limit)
     found = Timed(bound=1e6 * engine.bound)
-    if there.device.type == "cpu" and not on_host:  # on a GPU they are in what is measured
-        found.calls = time_calls(batch, steps, 1 + depth)
     outbox: deque[Delta] = next(iter(stepper.scheduler.running)).outbox
     for _ in range(steps):
         outbox.clear()
@@ -180,7 +168,7 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool, depth: int = 0) 
         begin = perf_counter()
         stepper.step()
         seconds = perf_counter() - begin
-        found.steps.append(1e6 * (seconds - (here.seconds if on_host else there.left_out)))
+        found.steps.append(1e6 * (seconds - (here.seconds if on_host else 0.0)))
         found.launches.append(1e6 * engine.seconds)
         found.idle.append(found.steps[-1] - 1e6 * (0.0 if on_host else there.hidden))
         found.draws.append(1e6 * (here.seconds if on_host else there.seconds))
@@ -191,27 +179,6 @@ def measure(batch: int, steps: int, prompt: int, on_host: bool, depth: int = 0) 
         draft.close()
     engine.close()
     return found
-
-
-def time_calls(batch: int, steps: int, tokens: int = 1) -> list[float]:
-    """µs that torch takes to hand out what a step of `tokens` a request writes to the table of histories.
-
-    In it: one `index_copy_` on tensors of the CPU, so that next to nothing is computed. Not in it: the one copy to the
-    device, which is part of what is asked, and the launches of the kernels that take penalties and choose.
-    """
-    sampler, rng, found = DeviceSampler(torch.device("cpu")), np.random.default_rng(0), []
-    few = np.arange(4)
-    places = [Place(row, _params(row, 1), History(few, few[:1]), rng) for row in range(batch)]
-    for _ in range(steps + 10):
-        for place in places:
-            assert place.history is not None
-            for token in range(1, 1 + tokens):
-                place.history.add(token)  # as each step does
-        packed = sampler.prepare(Round(places, ()), VOCAB)
-        begin = perf_counter()
-        sampler.histories.update(packed)
-        found.append(1e6 * (perf_counter() - begin))
-    return found[10:]
 
 
 def _params(index: int, limit: int) -> SamplingParams:

