@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from angelforge.plugins.compile import compile_kernel
 from angelforge.plugins.kernel import Gpu
@@ -19,24 +17,9 @@ from angelforge.tools.kernel_bench.checks import check_config
 from angelforge.tools.kernel_bench.costs import binding_of, port_shape, port_types
 from angelforge.tools.kernel_bench.measure import default_tile
 from angelforge.tools.kernel_bench.work import Sequences, works
+from angelforge.tools.no_triton import launch_nothing
 
 GPU = Gpu("sm_90", 132)
-
-
-class Driver:
-    """What Triton asks of a GPU to compile for it."""
-
-    def get_current_device(self) -> int:
-        """The first."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        """A Hopper GPU."""
-        return GPUTarget("cuda", 90, 32)
 
 
 def compiled_twice(name: str, cache: Path) -> bool:
@@ -58,6 +41,6 @@ def compiled_twice(name: str, cache: Path) -> bool:
 
 
 if __name__ == "__main__":
-    driver.set_active(Driver())
+    launch_nothing()
     folder = Path(triton.knobs.cache.dir)
     print(" ".join(name for name in sys.argv[1:] if compiled_twice(name, folder)))
