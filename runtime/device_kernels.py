@@ -120,7 +120,7 @@ class KernelWork:
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:
         """Two launches for 256 rows."""
-        size, device = rows.shape[0], logits.device
+        size, device, count = rows.shape[0], logits.device, min(count, logits.shape[1])
         peak, logit = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
         total = torch.empty(size, dtype=torch.float64, device=device)
         values = torch.empty((size, count), dtype=torch.float32, device=device)

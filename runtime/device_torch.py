@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from angelforge.runtime.device_work import Measured
 
 _ROWS = 16  # that are chosen from at once: sorting a row takes six times its memory
-_SMALLEST_DIVISOR = 1e-30  # as in distribution.py
+_SMALLEST_DIVISOR, _LARGEST_DIVISOR = 1e-30, 1e30  # as in distribution.py
 
 
 class TorchWork:
@@ -79,7 +79,7 @@ def _choose(x: torch.Tensor, rules: torch.Tensor, uniform: torch.Tensor) -> torc
     temperature, top_k, top_p, min_p = rules.unsqueeze(2).unbind(1)  # f64 [n, 1] each
     values, ids = x.sort(dim=1, descending=True, stable=True)  # a NaN comes first, of ties the lowest id
     peak = values[:, :1]
-    weights = ((values - peak) / temperature.clamp(min=_SMALLEST_DIVISOR).float()).exp()
+    weights = ((values - peak) / temperature.clamp(_SMALLEST_DIVISOR, _LARGEST_DIVISOR).float()).exp()
     last = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).long() - 1
     weights = torch.where(values >= values.gather(1, last), weights, 0.0)  # ties with the last are kept, too
     sums = weights.cumsum(1, dtype=torch.float64)

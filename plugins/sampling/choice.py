@@ -11,8 +11,8 @@ from angelforge.plugins.device.ordering import INFINITY, MINUS_INFINITY, NO_KEY,
 from angelforge.plugins.sampling.rows import (
     CANDIDATES,
     GROUP,
-    SMALLEST_DIVISOR,
     count_limit,
+    divisor_of,
     group_limit,
     list_candidates,
     load_logits,
@@ -91,7 +91,7 @@ def _draw(source, length, mask, top, nucleus, ties, min_p, share, peak, divisor,
 
 @triton.jit
 def _ties_needed(source, length, mask, nucleus, wanted, peak, divisor, words: tl.constexpr):
-    """How many of the logits at the nucleus' end it takes to hold `wanted`, at least one; f64 sums decide."""
+    """How many of the logits at the nucleus' end it takes to hold `wanted`, at least one."""
     above = mass_from(source, length, mask, nucleus + 1, peak, divisor, words)
     each = tl.maximum(weights_of(key_float(nucleus), peak, divisor).to(tl.float64), 1e-300)
     count = tl.maximum(tl.ceil((wanted - above) / each), 1.0)
@@ -219,7 +219,7 @@ def choose_tokens(
     min_p = tl.load(rules + place * 4 + 3)
     share = tl.load(uniform + place)
     peak = key_float(peak_key)
-    divisor = tl.maximum(temperature, SMALLEST_DIVISOR).to(tl.float32)
+    divisor = divisor_of(temperature)
     weight = tl.load(sums + place * groups + group, group < groups, 0.0)
     masses = (weight * tl.where(group < groups, weights_of(key_float(key), peak, divisor), 0.0)).to(tl.float64)
     if (top_k <= 0) & (top_p >= 1) & (min_p <= 0):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from angelforge.plugins.device.ordering import key_float
-from angelforge.plugins.sampling.rows import GROUP, SMALLEST_DIVISOR, load_logits, logit_key, mask_row, weights_of
+from angelforge.plugins.sampling.rows import GROUP, divisor_of, load_logits, logit_key, mask_row, weights_of
 
 TILE = 128  # groups a program
 
@@ -32,7 +32,7 @@ def group_rows(
     x = load_logits(row, token, token < vocab, mask_row(masks, mask_of, place, words), words)
     divisor = 1.0
     if tempered:
-        divisor = tl.maximum(tl.load(rules + place * 4), SMALLEST_DIVISOR).to(tl.float32)
+        divisor = divisor_of(tl.load(rules + place * 4))
     key = tl.max(logit_key(x), 1)
     weight = tl.sum(weights_of(x, key_float(key)[:, None], divisor), 1)
     tl.store(keys + place * groups + group, key, group < groups)

@@ -15,7 +15,8 @@ GROUP = tl.constexpr(32)  # ids; one word of a mask
 CANDIDATES = tl.constexpr(2048)  # that are listed at most, and read in one go; rows with more are searched as a whole
 LISTED_GROUPS = tl.constexpr(64)  # that are read at once to list candidates
 WAYS = tl.constexpr(8)  # in which a search among candidates parts what is left, at the cost of one pass
-SMALLEST_DIVISOR = tl.constexpr(1e-30)  # a temperature; as in runtime/distribution.py
+SMALLEST_DIVISOR = tl.constexpr(1e-30)  # a temperature; as in runtime/distribution.py, as the next
+LARGEST_DIVISOR = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -47,6 +48,12 @@ def mask_row(masks, mask_of, place, words: tl.constexpr):
 def logit_key(x):
     """`float_key` with NaN above all numbers."""
     return tl.where(x != x, 0x7FFFFFFF, float_key(x))
+
+
+@triton.jit
+def divisor_of(temperature):
+    """f32: what distances between logits are divided by."""
+    return tl.minimum(tl.maximum(temperature, SMALLEST_DIVISOR), LARGEST_DIVISOR).to(tl.float32)
 
 
 @triton.jit

@@ -91,13 +91,15 @@ def compare(
 
 
 # Integers and halves make ties common, and their sums at temperature 1 the same in any order where all are alike.
-LOGIT = st.one_of(st.integers(-12, 12).map(lambda n: n / 4), st.just(-0.0), st.floats(-30, 30, width=32))
+LOGIT = st.one_of(
+    st.integers(-12, 12).map(lambda n: n / 4), st.sampled_from([-0.0, -np.inf]), st.floats(-30, 30, width=32)
+)
 
 
 @st.composite
 def params_of(draw: st.DrawFn, vocab: int) -> SamplingParams:
     return SamplingParams(
-        temperature=draw(st.sampled_from([0.0, 0.25, 0.7, 1.0, 1.9])),
+        temperature=draw(st.sampled_from([0.0, 1e-38, 0.25, 0.7, 1.0, 1.9, 1e39])),
         top_k=draw(st.sampled_from([0, 0, 1, 2, 3, 5, 20, vocab - 1, vocab, vocab + 9])),
         top_p=draw(st.sampled_from([1.0, 0.99, 0.9, 0.61, 0.3, 0.01])),
         min_p=draw(st.sampled_from([0.0, 0.0, 0.03, 0.4, 1.0])),
@@ -166,6 +168,19 @@ def test_shares_of_draws() -> None:
         assert ends == [5, 3999]
 
 
+@pytest.mark.parametrize("min_p", [0.9, 0.3, 0.05, 1e-4])
+def test_what_min_p_just_keeps_is_listed(min_p: float) -> None:
+    """Of the logits around its end, one representable number after another, the last that the host keeps can come."""
+    params, logits = SamplingParams(temperature=1.7, min_p=min_p), np.full((1, MIDDLE), -50, np.float32)
+    peak = logits[0, 5] = np.float32(11.3)
+    end = np.float32(peak + 1.7 * np.log(min_p))
+    around = end.view(np.int32) + np.arange(-40, 40)[::-1].astype(np.int32)
+    logits[0, 4000:4080] = around.view(np.float32)
+    rows = np.repeat(logits, 2, 0)
+    assert 0 < (choices(logits[0], params)[0] >= 4000).sum() < 80
+    compare(rows, [params] * 2, np.array([1 - 2.0**-53, 0.999999]))
+
+
 def test_many_ties_with_the_last() -> None:
     """More than are listed: all of them can come."""
     logits = np.zeros((8, MIDDLE), np.float32)
@@ -215,12 +230,14 @@ def test_many_rows_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.ids.sort(1).values.numpy() == np.sort(np.argsort(-logits, 1)[:, :4], 1)).all()
 
 
-@given(st.data(), st.sampled_from([5, 37, 100]), st.integers(0, 5))
+@given(st.data(), st.sampled_from([5, 37, 100]), st.integers(0, 7))
 def test_what_logprobs_need(data: st.DataObject, vocab: int, count: int) -> None:
     """Sums, the token's logit and the largest logits; of ties those with the lowest ids, by rising id."""
     pool = np.array(data.draw(st.lists(LOGIT, min_size=2, max_size=9)), np.float32)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    measure(rng.choice(pool, (2, vocab)), count, [data.draw(st.integers(0, vocab - 1)), -1])
+    logits = rng.choice(pool, (2, vocab))
+    logits[:, data.draw(st.integers(0, vocab - 1))] = 0.5  # without a finite number there are no logprobs
+    measure(logits, count, [data.draw(st.integers(0, vocab - 1)), -1])
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(MIDDLE, 20), (MIDDLE, 400), (REAL, 5)])
@@ -245,11 +262,11 @@ def measure(logits: np.ndarray, count: int, tokens: list[int]) -> None:
         assert found.values[place].tolist() == row[largest].tolist()
 
 
-@given(st.data(), st.integers(0, 3))
+@given(st.data(), st.sampled_from([0, 1, 3, 9]))
 def test_penalties_are_the_hosts(data: st.DataObject, ahead: int) -> None:
     """Bit for bit, histories of different lengths, with proposals that are counted otherwise; other rows stay."""
-    vocab, rng = 60, np.random.default_rng(data.draw(st.integers(0, 999)))
-    sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    vocab, rng = data.draw(st.sampled_from([60, 900])), np.random.default_rng(data.draw(st.integers(0, 999)))
+    sizes = data.draw(st.lists(st.integers(0, vocab * 2 // 3), min_size=1, max_size=3))  # of several programs, too
     logits = (rng.standard_normal((len(sizes) + 1, vocab)) * 4).astype(np.float32)
     wanted = logits.copy()
     entries, begins, all_penalties, ids, counts = [], [], [], [], []

@@ -139,6 +139,15 @@ def test_tiny_temperatures_take_the_best_token(temperature, more):
     np.testing.assert_array_equal(found, [0, 1, 0, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"min_p": 1.0}])
+def test_huge_temperatures_make_all_alike_that_can_come(temperature, more):
+    """What a grammar forbids stays forbidden."""
+    logits = np.array([1, -np.inf, 5, -3, -np.inf], np.float32)
+    found = processed_distribution(logits, SamplingParams(temperature=temperature, **more), NOTHING)
+    np.testing.assert_allclose(found, [1 / 3, 0, 1 / 3, 1 / 3, 0], rtol=1e-6)
+
+
 def test_masked_tokens_never_come():
     logits = np.array([-np.inf, 1.0, -np.inf, 0.5], np.float32)
     for params in (SamplingParams(temperature=1), SamplingParams(temperature=1, top_k=3, top_p=0.9999999)):
