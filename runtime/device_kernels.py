@@ -12,6 +12,7 @@ import torch
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
 from angelforge.plugins.sampling.kernels import CANDIDATES, ENTRIES_A_PROGRAM, GROUPS_A_PROGRAM, SamplingKernel
+from angelforge.runtime.device import explained_gpu
 from angelforge.runtime.device_work import Measured
 
 MOST_ROWS = 256  # that are worked on at once: of 157,184 ids each takes 75 kB beside its logits
@@ -39,6 +40,8 @@ def explained_compiler() -> Iterator[None]:
     """Turns what Triton raises when it compiles or loads a kernel into an AngelForgeError."""
     try:
         yield
+    except torch.OutOfMemoryError:  # no fault of the compiler
+        raise
     except (RuntimeError, OSError, SubprocessError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise AngelForgeError(
@@ -58,9 +61,9 @@ class KernelWork:
     def prepare(self, vocab: int, device: torch.device) -> None:
         """Launches every kernel once, so that no request waits for Triton: some ten seconds, later ones from its cache.
 
-        Raises AngelForgeError where Triton cannot compile or load one.
+        Raises AngelForgeError where Triton cannot compile or load one, or memory is short.
         """
-        with explained_compiler():
+        with explained_gpu(), explained_compiler():
             logits = torch.zeros((1, vocab), device=device)
             row, number = (torch.zeros(1, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
             rules, uniform = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((1, 4), 1))

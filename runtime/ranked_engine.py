@@ -48,6 +48,7 @@ class RankedEngine:
         self.num_pages = self.local.num_pages
         self.max_tokens: int = getattr(self.local, "max_tokens", 2**31)  # of one step
         self.max_rows: int | None = getattr(self.local, "max_rows", None)  # of logits in one step
+        self.logits_device: Any = getattr(self.local, "logits_device", None)  # where they stay, if not on the host
 
     def forward(self, batch: Batch) -> Any:
         """As `Engine.forward`, on all ranks. Raises AngelForgeError where the group has ended, always from then on."""

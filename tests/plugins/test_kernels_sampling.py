@@ -329,6 +329,15 @@ def test_what_triton_lacks_is_told_when_a_model_is_loaded(monkeypatch: pytest.Mo
         KernelWork().prepare(100, torch.device("cpu"))
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Launch, *arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Launch, "__call__", fail)
+    with pytest.raises(AngelForgeError, match=r"no memory left for a step: CUDA out of memory\. .*--kv-memory-gb"):
+        KernelWork().prepare(100, torch.device("cpu"))
+
+
 def test_requests_are_served_as_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of different rules at once, with logprobs, where the logits are torch's."""
     monkeypatch.setattr(device_sampling, "work_of", lambda device: KernelWork())

@@ -183,15 +183,16 @@ def test_bias_and_penalties_are_the_hosts(work: Work, data: st.DataObject, reque
 
 
 @EVERY_WORK
-@pytest.mark.parametrize("told", [None, 0])
-def test_logits_change_in_place_unless_their_logprobs_are_asked_for(work: Work, told: int | None) -> None:
+@pytest.mark.parametrize("told", [(None, None), (0, None), (None, 0)])
+def test_logits_change_in_place_unless_their_logprobs_are_asked_for(work: Work, told: tuple[int | None, ...]) -> None:
     """The rows of those that ask for it are copied, the whole round's; a round that changes nothing copies nothing."""
     logits = np.random.default_rng(0).standard_normal((2, VOCAB)).astype(np.float32)
-    penalized, biased = asking([3], [3], presence_penalty=1.0, logprobs=told), asking(logit_bias={5: 2.0})
+    penalized = asking([3], [3], presence_penalty=1.0, logprobs=told[0])
+    biased = asking(logit_bias={5: 2.0}, logprobs=told[1])
     x = there(logits)
     DeviceSampler(x.device, work).answer(x, [Place.of(1, penalized), Place.of(0, biased)])
     changed = logits.copy()
-    if told is None:
+    if told == (None, None):
         changed[1, 3] -= 1
         changed[0, 5] += 2
     assert np.array_equal(x.cpu().numpy(), changed)
@@ -316,6 +317,23 @@ def test_a_chain_is_drawn_from_as_on_the_host(
         assert wanted is None or token == wanted
         if place < len(proposed):
             request.history.add(proposed[place])
+
+
+@EVERY_WORK
+def test_a_token_that_is_proposed_twice_counts_twice(work: Work) -> None:
+    request = asking([4], [4], frequency_penalty=0.5, presence_penalty=0.25)
+    x = adjusted_on_device(work, np.zeros((4, VOCAB), np.float32), places_of(0, request, [4, 9, 4]))
+    assert x[:, 4].tolist() == [-0.75, -1.25, -1.25, -1.75]
+    assert x[:, 9].tolist() == [0, 0, -0.75, -0.75]
+
+
+@EVERY_WORK
+def test_a_grammar_holds_for_the_next_request_with_the_same_rules(work: Work) -> None:
+    logits, free = np.zeros((1, VOCAB), np.float32), asking()
+    bound = replace(free, constraint=asking(allowed=np.arange(VOCAB) == 30).constraint)
+    sampler = DeviceSampler(torch.device(DEVICE), work)
+    found = [sampler.answer(there(logits), places([one])).tokens.tolist() for one in (free, bound, free)]
+    assert found == [[0], [30], [0]]
 
 
 @EVERY_WORK

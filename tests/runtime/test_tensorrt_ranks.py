@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from support import tensorrt_on_cpu
 from support.built import make_bundle
 
@@ -14,8 +15,12 @@ from angelforge.engines.profiles import StepLimits, make_profiles
 from angelforge.engines.tensorrt_loading import TensorrtEngine as OpenedEngine
 from angelforge.errors import AngelForgeError
 from angelforge.exporter.rank_graph import add_rank_graph
+from angelforge.runtime import device_sampling
+from angelforge.runtime.choosing import Chooser
 from angelforge.runtime.device import open_device
+from angelforge.runtime.device_torch import TorchWork
 from angelforge.runtime.packing import Piece, pack
+from angelforge.runtime.ranked_engine import RankedEngine
 from angelforge.runtime.sharding import slices
 from angelforge.runtime.tensorrt_engine import EngineOptions, TensorRTEngine
 from angelforge.runtime.tensorrt_ranks import Communicator
@@ -65,10 +70,21 @@ def test_a_rank_computes_its_part(bundle: Bundle, rank: int) -> None:
 
 
 class Group:
-    """What `Communicator` asks of a group, noted down."""
+    """What is asked of a group, noted down."""
+
+    failure = None
 
     def __init__(self) -> None:
         self.done: list[str] = []
+
+    def end_at_sigterm(self) -> None:
+        self.done.append("end at SIGTERM")
+
+    def send(self, message: bytes) -> None:
+        self.done.append("send")
+
+    def close(self) -> None:
+        self.done.append("close")
 
     def communicator(self) -> str:
         self.done.append("communicator")
@@ -98,3 +114,19 @@ def test_every_context_gets_the_communicator() -> None:
     assert given == [("capsule", 2), ("capsule", 3)]
     with pytest.raises(AngelForgeError, match="one libnccl"):
         communicator.give(Context(False))
+
+
+def test_what_chooses_is_made_ready_before_a_request_comes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rank 0 computes with others as where it is alone."""
+    ready: list[Any] = []
+
+    class Noted(TorchWork):
+        def prepare(self, vocab: int, device: torch.device) -> None:
+            ready.append((vocab, device))
+
+    monkeypatch.setattr(device_sampling, "work_of", lambda device: Noted())
+    group: Any = Group()
+    for engine in (RankedEngine(lambda pages: load(bundle, 0), lambda: 0, group), load(bundle, 0)):
+        Chooser.beside(engine)
+        engine.close()
+    assert ready == [(1024, torch.device("cpu"))] * 2
