@@ -15,7 +15,7 @@ from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
 
 SEEN = 1000  # different tokens of a history
-MARGIN = 1e-5  # of the whole weight: nearer to another token's part, rounding of sums may decide
+MARGIN = 1e-5  # of the whole weight: so far from a token's part, rounding of sums may decide for it
 PENALTIES = {"repetition_penalty": 1.05, "presence_penalty": 0.3, "frequency_penalty": 0.2}
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -94,20 +94,27 @@ def check(work: Work, kind: str, rows: int, vocab: int, device: torch.device, se
         adjust(logits[row], params, params.bias.ids, params.bias.values_f32, step.histories[row])
         if not np.allclose(changed[row], logits[row], rtol=1e-6, atol=1e-6):
             problems.append(f"{kind}, row {row}: penalties give other logits than the host's")
-        wanted, margin = chosen(logits[row], params, uniform[row])
-        if token != wanted and margin > MARGIN:
+        wanted, distance = chosen(logits[row], params, uniform[row], token)
+        if distance > MARGIN:
             problems.append(f"{kind}, row {row}: token {token}, but the host draws {wanted}")
     return problems
 
 
-def chosen(logits: Any, params: SamplingParams, uniform: float) -> tuple[int, float]:
-    """The host's token of adjusted logits f32 [vocab], and how far the mark is from where another would be drawn."""
+def chosen(logits: Any, params: SamplingParams, uniform: float, token: int) -> tuple[int, float]:
+    """The host's token of adjusted logits f32 [vocab], and how far its mark is from another token's part; 1: no part.
+
+    All of it is in shares of the whole weight.
+    """
     ids, probabilities = choices(logits, params)
     if ids.shape[0] == 0:
-        return -1, 1.0
+        return -1, float(token != -1)
     sums: Float64 = np.cumsum(probabilities)
     mark = uniform * sums[-1]
-    return int(ids[np.searchsorted(sums, mark, side="right")]), float(np.abs(sums - mark).min())
+    wanted = int(ids[np.searchsorted(sums, mark, side="right")])
+    place = int(np.searchsorted(ids, token))  # ids rise
+    if place == ids.shape[0] or ids[place] != token:
+        return wanted, 1.0
+    return wanted, max(0.0, float(sums[place] - probabilities[place] - mark), float(mark - sums[place]))
 
 
 def work_of_a_step(kind: str, rows: int, vocab: int, device: torch.device, work: Work) -> Callable[[], None]:

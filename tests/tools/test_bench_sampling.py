@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from angelforge.runtime.device_kernels import KernelWork
+from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools import sampling_report
 from angelforge.tools.kernel_bench.statistics import Timing
-from angelforge.tools.sampling_bench import KINDS, check
+from angelforge.tools.sampling_bench import KINDS, MARGIN, check, chosen
 from angelforge.tools.sampling_report import Report, measure_all
 
 VOCAB, CPU = 3000, torch.device("cpu")
@@ -44,6 +45,16 @@ def test_the_kernels_are_right_and_a_mistake_is_told(kind: str) -> None:
     assert any("penalties" in each for each in told) == ("penalties" in kind)
     if kind == "top-p 0.95 of a flat row":
         assert any("the host draws" in each for each in told)
+
+
+def test_another_token_of_a_flat_row_is_told() -> None:
+    """Though each of its many tokens weighs less than what rounding may decide."""
+    logits, params = np.zeros(157_184, np.float32), SamplingParams(temperature=1.0, top_p=0.95)
+    wanted, distance = chosen(logits, params, 0.5, 74_662)
+    assert (wanted, distance) == (74_662, 0.0)
+    assert chosen(logits, params, 0.5, 74_663)[1] < MARGIN  # the next one
+    for token in (74_600, 74_700, 157_183, -1):
+        assert chosen(logits, params, 0.5, token)[1] > MARGIN
 
 
 def test_a_run_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
