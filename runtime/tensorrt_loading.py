@@ -73,6 +73,8 @@ def require_machine(target: Target, index: int = 0) -> Machine:
         missing.append(str(error).rstrip("."))
     if find_spec("torch") is None:
         missing.append("torch is not installed; pip install 'angelforge[torch]' with a build for CUDA 13")
+    if find_spec("triton") is None:  # for the kernels that choose tokens
+        missing.append("triton is not installed; pip install 'angelforge[triton]'")
     if gpu is None or library is None or missing:
         raise AngelForgeError(
             f"Target {target.name} cannot run on this machine: {'; '.join(missing)}. angelforge doctor says more; "

@@ -56,7 +56,7 @@ _QUESTIONS = {
 }
 _WITHOUT_GPU = {"preflight"}
 _RTX = "tensorrt-rtx-cu13-bindings"
-_NEEDS = {"preflight": _RTX, "rtx-bf16": _RTX, "rtx-runtime": _RTX, "sampling": "torch"}
+_NEEDS = {"preflight": _RTX, "rtx-bf16": _RTX, "rtx-runtime": _RTX, "sampling": "triton"}
 
 
 def examine_deeply(tell: Callable[[str], None], seconds: float = SECONDS) -> Iterable[Finding]:
