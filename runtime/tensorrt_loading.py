@@ -135,16 +135,7 @@ def load_tensorrt_draft(
 
 
 def register_plugins(opened: OpenedEngine, library: Library) -> None:
-    """Registers the plugins of an engine that launches kernels from Python; one with PTX needs none.
-
-    Raises:
-        AngelForgeError: they cannot be had.
-    """
+    """Registers the plugins of an engine that launches kernels from Python; one with PTX needs none."""
     if opened.manifest.options.get("plugins") != "python":
         return
-    if find_spec("triton") is None:
-        raise AngelForgeError(
-            "The engine's plugins launch kernels from Python, which needs triton: pip install 'angelforge[triton]', or "
-            "build it with --plugins aot where that is possible (TensorRT 11)."
-        )
     register(library, OPERATORS.values())

@@ -20,16 +20,18 @@ from angelforge.targets import get_target
 
 GPU = GpuFacts("NVIDIA H20", "sm_90", 78, 102_600_000_000, "580.65.06")
 LIBRARY = Library("tensorrt", None, "11.4.0")
+PACKAGES = ["torch", "triton"]
+PARTS = {"no NVIDIA GPU", "TensorRT is not installed", "torch is not installed", "triton is not installed"}
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, torch: bool) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, *packages: str) -> None:
     def load(flavour: str) -> Library:
         if not tensorrt:
             raise AngelForgeError("TensorRT is not installed; install TensorRT 11 (docs/first-run.md).")
         return LIBRARY
 
     def spec(name: str) -> Any:
-        return object() if torch else None
+        return object() if name in packages else None
 
     monkeypatch.setattr(tensorrt_loading, "find_gpu", lambda index: GPU if gpu and index == 0 else None)
     monkeypatch.setattr(tensorrt_loading, "load_library", load)
@@ -37,36 +39,36 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, torch: b
 
 
 def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, True, True, True)
+    machine(monkeypatch, True, True, *PACKAGES)
     found = require_machine(get_target("h20"))
     assert (found.gpu, found.library) == (GPU, LIBRARY)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "tensorrt", "torch", "told"),
+    ("gpu", "tensorrt", "packages", "told"),
     [
-        (False, True, True, ["no NVIDIA GPU with a working driver"]),
-        (True, False, True, ["TensorRT is not installed; install TensorRT 11 (docs/first-run.md)"]),
-        (True, True, False, ["torch is not installed; pip install 'angelforge[torch]'"]),
-        (False, False, False, ["no NVIDIA GPU", "TensorRT is not installed", "torch is not installed"]),
+        (False, True, PACKAGES, ["no NVIDIA GPU with a working driver"]),
+        (True, False, PACKAGES, ["TensorRT is not installed; install TensorRT 11 (docs/first-run.md)"]),
+        (True, True, ["triton"], ["torch is not installed; pip install 'angelforge[torch]'"]),
+        (True, True, ["torch"], ["triton is not installed; pip install 'angelforge[triton]'"]),
+        (False, False, [], sorted(PARTS)),
     ],
 )
 def test_everything_that_is_missing_is_told(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, torch: bool, told: list[str]
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, tensorrt: bool, packages: list[str], told: list[str]
 ) -> None:
-    machine(monkeypatch, gpu, tensorrt, torch)
+    machine(monkeypatch, gpu, tensorrt, *packages)
     with pytest.raises(AngelForgeError) as caught:
         require_machine(get_target("h20"))
     said = str(caught.value)
     assert said.startswith("Target h20 cannot run on this machine: ")
     assert said.endswith("angelforge doctor says more; target cpu runs anywhere.")
     assert all(text in said for text in told)
-    others = {"no NVIDIA GPU", "TensorRT is not installed", "torch is not installed"}
-    assert sum(text in said for text in others) == len(told)
+    assert sum(text in said for text in PARTS) == len(told)
 
 
 def test_a_second_gpu_is_looked_for_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, True, True, True)
+    machine(monkeypatch, True, True, *PACKAGES)
     with pytest.raises(AngelForgeError, match="no NVIDIA GPU number 1 with"):
         require_machine(get_target("h20"), 1)
 
