@@ -13,7 +13,7 @@ import torch
 from angelforge.runtime.batch import Int32
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_transfer import Packed
-from angelforge.runtime.device_work import Work
+from angelforge.runtime.device_work import SeenRows, Work
 from angelforge.runtime.history import History
 
 if TYPE_CHECKING:
@@ -149,7 +149,6 @@ def adjust(logits: torch.Tensor, packed: Packed, histories: DeviceHistories, wor
         x.view(-1).index_add_(0, biased, packed["bias"])  # each id of a row once
     if (rows := packed.get("penalized")) is not None:
         histories.update(packed)
-        ahead = packed.get("ahead.ids"), packed.get("ahead.counts")
-        seen = packed["begins"], packed["sizes"], packed["penalties"]
-        work.penalize(x, rows, *seen, *ahead, histories.table, widest)
+        entries = packed["begins"], packed["sizes"], packed["penalties"], histories.table, widest
+        work.penalize(x, SeenRows(rows, *entries, packed.get("ahead.ids"), packed.get("ahead.counts")))
     return x

@@ -13,7 +13,7 @@ from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
 from angelforge.plugins.sampling.kernels import CANDIDATES, ENTRIES_A_PROGRAM, GROUPS_A_PROGRAM, SamplingKernel
 from angelforge.runtime.device import explained_gpu
-from angelforge.runtime.device_work import Measured
+from angelforge.runtime.device_work import Draws, Measured, SeenRows
 
 MOST_ROWS = 256  # that are worked on at once: of 157,184 ids each takes 75 kB beside its logits
 
@@ -68,57 +68,41 @@ class KernelWork:
             row, number = (torch.zeros(1, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
             rules, uniform = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((1, 4), 1))
             masks = torch.zeros((1, kernels.group_count(vocab)), dtype=torch.int32, device=device)
-            self.choose(logits, row, rules, uniform, None, None)
-            self.choose(logits, row, rules, uniform, number, masks)
+            self.choose(logits, Draws(row, rules, uniform))
+            self.choose(logits, Draws(row, rules, uniform, number, masks))
             self.measure(logits, row, row, 1)
             penalties = torch.zeros((1, 3), device=device)
             table = torch.zeros((1, 2), dtype=torch.int32, device=device)
             counts = torch.zeros((1, 1), device=device)
-            self.penalize(logits, row, row, row, penalties, None, None, table, 0)
-            self.penalize(logits, row, row, row, penalties, number.view(1, 1), counts, table, 0)
+            seen = SeenRows(row, row, row, penalties, table, 0)
+            self.penalize(logits, seen)
+            self.penalize(logits, seen._replace(ahead_ids=number.view(1, 1), ahead_counts=counts))
 
-    def choose(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        rules: torch.Tensor,
-        uniform: torch.Tensor,
-        mask_of: torch.Tensor | None,
-        words: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Two launches for 256 rows."""
-        chosen = torch.empty(rows.shape[0], dtype=torch.int64, device=logits.device)
-        wide = 0 if words is None else words.shape[1]
-        for begin in range(0, rows.shape[0], MOST_ROWS):
+        size = draws.rows.shape[0]
+        chosen = torch.empty(size, dtype=torch.int64, device=logits.device)
+        wide = 0 if draws.words is None else draws.words.shape[1]
+        for begin in range(0, size, MOST_ROWS):
             part = slice(begin, begin + MOST_ROWS)
-            some, own_rules = rows[part], rules[part]
-            masks = None if mask_of is None else mask_of[part]
-            room = self._group(logits, some, own_rules, masks, words)
+            rows, rules = draws.rows[part], draws.rules[part]
+            masks = None if draws.mask_of is None else draws.mask_of[part]
+            room = self._group(logits, rows, rules, masks, draws.words)
             self._launch("choose", wide, lambda: kernels.choose(self._vocab, wide))(
-                (some.shape[0], 1, 1),
-                logits, some, own_rules, uniform[part], masks, words, *room.tensors, chosen[part],
+                (rows.shape[0], 1, 1),
+                logits, rows, rules, draws.uniform[part], masks, draws.words, *room.tensors, chosen[part],
             )  # fmt: skip
         return chosen
 
-    def penalize(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        begins: torch.Tensor,
-        sizes: torch.Tensor,
-        penalties: torch.Tensor,
-        ahead_ids: torch.Tensor | None,
-        ahead_counts: torch.Tensor | None,
-        table: torch.Tensor,
-        widest: int,
-    ) -> None:
+    def penalize(self, logits: torch.Tensor, seen: SeenRows) -> None:
         """One launch."""
         self._know(logits)
-        ahead = 0 if ahead_ids is None else ahead_ids.shape[1]
+        ahead = 0 if seen.ahead_ids is None else seen.ahead_ids.shape[1]
         columns = kernels.columns_for(ahead)
         self._launch("penalize", columns, lambda: kernels.penalize(self._vocab, columns))(
-            (rows.shape[0], max(1, -(-widest // ENTRIES_A_PROGRAM)), 1),
-            logits, rows, begins, sizes, penalties, ahead_ids, ahead_counts, table, ahead,
+            (seen.rows.shape[0], max(1, -(-seen.widest // ENTRIES_A_PROGRAM)), 1),
+            logits, seen.rows, seen.begins, seen.sizes, seen.penalties, seen.ahead_ids, seen.ahead_counts, seen.table,
+            ahead,
         )  # fmt: skip
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:

@@ -12,7 +12,7 @@ from angelforge.runtime.device_adjusting import Place, Standing, adjust
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_logprobs import measure
 from angelforge.runtime.device_transfer import Packed, Parcel
-from angelforge.runtime.device_work import Work
+from angelforge.runtime.device_work import Draws, Work
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Round:
         parcel, tokens = Parcel(), []
         if self.draws:
             x = adjust(logits, packed, histories, work, self._widest)
-            rules, masks = (packed["rules"], packed["uniform"]), (packed.get("mask_of"), packed.get("words"))
-            chosen = work.choose(x, packed["rows"], *rules, *masks)
+            asks = packed["rows"], packed["rules"], packed["uniform"]
+            chosen = work.choose(x, Draws(*asks, packed.get("mask_of"), packed.get("words")))
             parcel.add("tokens", chosen)
             if self._asked:
                 asked = packed.get("asked")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from angelforge.runtime.device_work import Measured
+from angelforge.runtime.device_work import Draws, Measured, SeenRows
 
 _ROWS = 16  # that are chosen from at once: sorting a row takes six times its memory
 _SMALLEST_DIVISOR, _LARGEST_DIVISOR = 1e-30, 1e30  # as in distribution.py
@@ -17,51 +17,32 @@ class TorchWork:
     def prepare(self, vocab: int, device: torch.device) -> None:
         """There is nothing to do."""
 
-    def choose(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        rules: torch.Tensor,
-        uniform: torch.Tensor,
-        mask_of: torch.Tensor | None,
-        words: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
         """As the protocol's; a NaN that a mask forbids is no NaN."""
         chosen = []
-        for begin in range(0, rows.shape[0], _ROWS):
+        for begin in range(0, draws.rows.shape[0], _ROWS):
             some = slice(begin, begin + _ROWS)
-            x = logits.index_select(0, rows[some])  # [n, vocab]
-            if mask_of is not None and words is not None:
-                x = torch.where(_allowed(mask_of[some], words, x.shape[1]), x, -torch.inf)
-            chosen.append(_choose(x, rules[some], uniform[some].unsqueeze(1)))
+            x = logits.index_select(0, draws.rows[some])  # [n, vocab]
+            if draws.mask_of is not None and draws.words is not None:
+                x = torch.where(_allowed(draws.mask_of[some], draws.words, x.shape[1]), x, -torch.inf)
+            chosen.append(_choose(x, draws.rules[some], draws.uniform[some].unsqueeze(1)))
         return torch.cat(chosen)
 
-    def penalize(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        begins: torch.Tensor,
-        sizes: torch.Tensor,
-        penalties: torch.Tensor,
-        ahead_ids: torch.Tensor | None,
-        ahead_counts: torch.Tensor | None,
-        table: torch.Tensor,
-        widest: int,
-    ) -> None:
+    def penalize(self, logits: torch.Tensor, seen: SeenRows) -> None:
         """As the protocol's."""
-        x, vocab = logits.index_select(0, rows), logits.shape[1]
+        x, vocab = logits.index_select(0, seen.rows), logits.shape[1]
         counts = x.new_full((x.shape[0], vocab + 1), -1.0)  # −1: not seen; what is no id goes to the last column
-        places = torch.arange(widest, device=x.device)
-        known = places < sizes.unsqueeze(1)  # [k, widest]
-        wanted = torch.where(known, begins.unsqueeze(1) + places, 0)
-        ids, times = table.index_select(0, wanted.view(-1)).view(*known.shape, 2).unbind(2)
+        places = torch.arange(seen.widest, device=x.device)
+        known = places < seen.sizes.unsqueeze(1)  # [k, widest]
+        wanted = torch.where(known, seen.begins.unsqueeze(1) + places, 0)
+        ids, times = seen.table.index_select(0, wanted.view(-1)).view(*known.shape, 2).unbind(2)
         counts.scatter_(1, torch.where(known, ids, vocab).long(), times.float())
-        if ahead_ids is not None and ahead_counts is not None:
-            counts.scatter_(1, torch.where(ahead_ids < 0, vocab, ahead_ids).long(), ahead_counts)
+        if seen.ahead_ids is not None and seen.ahead_counts is not None:
+            counts.scatter_(1, torch.where(seen.ahead_ids < 0, vocab, seen.ahead_ids).long(), seen.ahead_counts)
         counts = counts[:, :vocab]
-        repetition, frequency, presence = penalties.unsqueeze(2).unbind(1)  # [k, 1] each
+        repetition, frequency, presence = seen.penalties.unsqueeze(2).unbind(1)  # [k, 1] each
         changed = torch.where(x > 0, x / repetition, x * repetition) - frequency * counts - presence * (counts > 0)
-        logits.index_copy_(0, rows, torch.where(counts < 0, x, changed))
+        logits.index_copy_(0, seen.rows, torch.where(counts < 0, x, changed))
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:
         """As the protocol's."""

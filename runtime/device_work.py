@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,32 @@ class Measured:
     ids: torch.Tensor  # int32 [m, count] whose they are; of ties the lowest
 
 
+class Draws(NamedTuple):
+    """Rows that give a token each, and by which rules."""
+
+    rows: torch.Tensor  # int64 [n]
+    # f64 [n, 4]: temperature (0: greedy), top_k (0, or the vocabulary's size or more: none), top_p (1: none), min_p
+    rules: torch.Tensor
+    uniform: torch.Tensor  # f64 [n] in [0, 1)
+    mask_of: torch.Tensor | None = None  # int32 [n]: which of `words` is a row's mask, −1 for none
+    words: torch.Tensor | None = (
+        None  # int32 [m, w]: bit i of word j allows the id 32 j + i, none beyond
+    )
+
+
+class SeenRows(NamedTuple):
+    """Rows with penalties, and what was seen before each: ids and how often they count."""
+
+    rows: torch.Tensor  # int64 [k]
+    begins: torch.Tensor  # int64 [k]: where in `table` each row's entries begin
+    sizes: torch.Tensor  # int64 [k]: how many there are
+    penalties: torch.Tensor  # f32 [k, 3]: repetition (1: none), frequency, presence (0: none)
+    table: torch.Tensor  # int32 [entries, 2]: id, count
+    widest: int  # the most that `sizes` say
+    ahead_ids: torch.Tensor | None = None  # int32 [k, a], each once in a row, −1 for none: these have
+    ahead_counts: torch.Tensor | None = None  # f32 [k, a] such counts instead of the table's
+
+
 class Work(Protocol):
     """What is done with rows of logits f32 [R, vocab], which lie without gaps; nothing is waited for.
 
@@ -28,42 +54,15 @@ class Work(Protocol):
     def prepare(self, vocab: int, device: torch.device) -> None:
         """Makes ready on a device what rows of `vocab` logits need; raises AngelForgeError where that fails."""
 
-    def choose(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        rules: torch.Tensor,
-        uniform: torch.Tensor,
-        mask_of: torch.Tensor | None,
-        words: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """A token int64 [n] for each of `rows` [n]; −1 where the largest logit that is allowed is not finite, or NaN.
+    def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """A token int64 [n] for each row; −1 where the largest logit that is allowed is not finite, or NaN.
 
-        `rules` f64 [n, 4]: temperature (0: greedy), top_k (0, or the vocabulary's size or more: none), top_p (1: none)
-        and min_p (0: none). `uniform` f64 [n], in [0, 1): the first id at which the running sum of the kept weights, in
-        the order of ids, passes its part of the whole is taken. `mask_of` int32 [n]: which of `words` int32 [m, w] is a
-        row's mask, −1 for none; bit i of word j allows the id 32 j + i, ids beyond the words are not allowed.
+        The first id is taken at which the running sum of the kept weights, in the order of ids, passes `uniform`'s part
+        of the whole.
         """
 
-    def penalize(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        begins: torch.Tensor,
-        sizes: torch.Tensor,
-        penalties: torch.Tensor,
-        ahead_ids: torch.Tensor | None,
-        ahead_counts: torch.Tensor | None,
-        table: torch.Tensor,
-        widest: int,
-    ) -> None:
-        """Takes penalties from `logits` in place, as `distribution.adjust`; each id of a row is treated once.
-
-        Row i of `rows` [k] has seen the ids and counts in `table` int32 [entries, 2] from `begins` int64 [k] on, as
-        many as `sizes` int64 [k] say (at most `widest`, perhaps none). `penalties` f32 [k, 3]: repetition (1: none),
-        frequency, presence (0: none). `ahead_ids` int32 [k, a], each once in a row, −1 for none, have the counts
-        `ahead_counts` f32 [k, a] instead of the table's.
-        """
+    def penalize(self, logits: torch.Tensor, seen: SeenRows) -> None:
+        """Takes penalties from `logits` in place, as `distribution.adjust`; each id of a row is treated once."""
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:
         """Of `rows` [m] and their `tokens` int64 [m] (−1: none), with the `count` ≥ 0 largest logits."""

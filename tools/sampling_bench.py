@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from angelforge.runtime.device_work import Work
+from angelforge.runtime.device_work import Draws, SeenRows, Work
 from angelforge.runtime.distribution import Float64, adjust, choices
 from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
@@ -34,13 +34,8 @@ class Step:
 
     params: SamplingParams
     logits: torch.Tensor  # f32 [n, vocab]
-    rows: torch.Tensor  # int64 [n]
-    rules: torch.Tensor  # f64 [n, 4]
-    uniform: torch.Tensor  # f64 [n]
-    begins: torch.Tensor  # int64 [n]
-    sizes: torch.Tensor  # int64 [n]
-    penalties: torch.Tensor  # f32 [n, 3]
-    table: torch.Tensor  # int32 [n · seen, 2]
+    draws: Draws
+    seen: SeenRows
     histories: Sequence[History]
 
     @classmethod
@@ -62,31 +57,34 @@ class Step:
         return cls(
             params=params,
             logits=torch.from_numpy(logits).to(device),
-            rows=there(np.arange(rows), torch.int64),
-            rules=there([rules] * rows, torch.float64),
-            uniform=there(rng.random(rows), torch.float64),
-            begins=there(np.cumsum([0, *sizes])[:-1], torch.int64),
-            sizes=there(sizes, torch.int64),
-            penalties=there([penalties] * rows, torch.float32),
-            table=there(np.concatenate(entries), torch.int32),
+            draws=Draws(
+                rows=(every := there(np.arange(rows), torch.int64)),
+                rules=there([rules] * rows, torch.float64),
+                uniform=there(rng.random(rows), torch.float64),
+            ),
+            seen=SeenRows(
+                rows=every,
+                begins=there(np.cumsum([0, *sizes])[:-1], torch.int64),
+                sizes=there(sizes, torch.int64),
+                penalties=there([penalties] * rows, torch.float32),
+                table=there(np.concatenate(entries), torch.int32),
+                widest=max(sizes),
+            ),
             histories=histories,
         )
 
     def run(self, work: Work) -> torch.Tensor:
         """The tokens int64 [n]; penalties change the logits."""
         if self.params.penalizes:
-            widest = max(history.size for history in self.histories)
-            work.penalize(
-                self.logits, self.rows, self.begins, self.sizes, self.penalties, None, None, self.table, widest
-            )
-        return work.choose(self.logits, self.rows, self.rules, self.uniform, None, None)
+            work.penalize(self.logits, self.seen)
+        return work.choose(self.logits, self.draws)
 
 
 def check(work: Work, kind: str, rows: int, vocab: int, device: torch.device, seed: int) -> list[str]:
     """What differs from the host on fresh random rows, a sentence each."""
     params = SamplingParams(**KINDS[kind])
     step = Step.random(params, rows, vocab, device, seed)
-    logits, uniform = step.logits.cpu().numpy().copy(), step.uniform.cpu().numpy()
+    logits, uniform = step.logits.cpu().numpy().copy(), step.draws.uniform.cpu().numpy()
     found = step.run(work).tolist()
     changed = step.logits.cpu().numpy()
     problems = []

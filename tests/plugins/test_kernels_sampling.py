@@ -19,6 +19,7 @@ from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
 from angelforge.runtime import device_kernels, device_sampling
 from angelforge.runtime.device_kernels import KernelWork, Launch
+from angelforge.runtime.device_work import Draws, SeenRows
 from angelforge.runtime.distribution import adjust, choices
 from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
@@ -73,7 +74,8 @@ def choose(
     rules = torch.tensor([rules_of(each) for each in params], dtype=torch.float64)
     before = logits.copy()
     there = torch.from_numpy(logits)
-    found: list[int] = KernelWork().choose(there, rows, rules, torch.from_numpy(uniform), mask_of, words).tolist()
+    draws = Draws(rows, rules, torch.from_numpy(uniform), mask_of, words)
+    found: list[int] = KernelWork().choose(there, draws).tolist()
     assert np.array_equal(before, logits, equal_nan=True)
     return found
 
@@ -285,17 +287,17 @@ def test_penalties_are_the_hosts(data: st.DataObject, ahead: int) -> None:
         params = SamplingParams(**dict(zip(names, row_penalties, strict=True)))
         adjust(wanted[len(sizes) - place], params, params.bias.ids, params.bias.values_f32, history)
     there = torch.from_numpy(logits)
-    KernelWork().penalize(
-        there,
-        torch.arange(len(sizes), 0, -1),
-        torch.tensor(begins),
-        torch.tensor([len(each) for each in entries]),
-        torch.tensor(all_penalties, dtype=torch.float32),
-        torch.from_numpy(np.array(ids, np.int32)) if ahead else None,
-        torch.from_numpy(np.array(counts, np.float32)) if ahead else None,
-        torch.from_numpy(np.concatenate([*entries, np.zeros((1, 2), np.int32)])),
-        max(len(each) for each in entries),
+    seen = SeenRows(
+        rows=torch.arange(len(sizes), 0, -1),
+        begins=torch.tensor(begins),
+        sizes=torch.tensor([len(each) for each in entries]),
+        penalties=torch.tensor(all_penalties, dtype=torch.float32),
+        table=torch.from_numpy(np.concatenate([*entries, np.zeros((1, 2), np.int32)])),
+        widest=max(len(each) for each in entries),
+        ahead_ids=torch.from_numpy(np.array(ids, np.int32)) if ahead else None,
+        ahead_counts=torch.from_numpy(np.array(counts, np.float32)) if ahead else None,
     )
+    KernelWork().penalize(there, seen)
     assert np.array_equal(there.numpy(), wanted)
 
 
@@ -308,11 +310,11 @@ def test_all_that_steps_launch_is_made_ready() -> None:
     rules, uniform = torch.tensor([[1.0, 5, 0.9, 0]] * 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     penalties, table = torch.ones((3, 3)), torch.zeros((9, 2), dtype=torch.int32)
     for masks in ((None, None), (torch.zeros(3, dtype=torch.int32), torch.full((1, 4), -1, dtype=torch.int32))):
-        work.choose(logits, rows, rules, uniform, *masks)
+        work.choose(logits, Draws(rows, rules, uniform, *masks))
     work.measure(logits, rows, rows, 9)
     for ahead in (0, 1, 5, 8):
         listed = (torch.zeros((3, ahead), dtype=torch.int32), torch.zeros((3, ahead))) if ahead else (None, None)
-        work.penalize(logits, rows, rows, rows, penalties, *listed, table, 3)
+        work.penalize(logits, SeenRows(rows, rows, rows, penalties, table, 3, *listed))
     assert set(work._launches) == ready
 
 

@@ -19,7 +19,7 @@ from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.device_torch import TorchWork
 from angelforge.runtime.device_transfer import Packed
-from angelforge.runtime.device_work import Work
+from angelforge.runtime.device_work import Draws, Work
 from angelforge.runtime.distribution import adjusted, processed_distribution
 from angelforge.runtime.history import History
 from angelforge.runtime.proposals import Proposer
@@ -241,7 +241,7 @@ def shares(work: Work, row: np.ndarray, rules: list[float], count: int) -> np.nd
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5).to(DEVICE) / count
     rows = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     ruled = torch.tensor([rules], dtype=torch.float64, device=DEVICE).repeat(count, 1)
-    ids = work.choose(there(row[None]), rows, ruled, uniform, None, None)
+    ids = work.choose(there(row[None]), Draws(rows, ruled, uniform))
     return np.bincount(ids.cpu().numpy(), minlength=row.shape[0])
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.device_works import EVERY_WORK
 
 from angelforge.runtime.device_torch import TorchWork
-from angelforge.runtime.device_work import Work, work_of
+from angelforge.runtime.device_work import Draws, SeenRows, Work, work_of
 from angelforge.runtime.distribution import adjust
 from angelforge.runtime.history import Seen
 from angelforge.runtime.sampling import SamplingParams
@@ -53,17 +53,17 @@ def test_penalties_are_the_hosts(work: Work, each: list[Any], ahead: bool, seed:
         history = Seen(np.array(list(known), np.int64), np.array(list(known.values()), np.float32))
         adjust(wanted[row], params, np.empty(0, np.int64), np.empty(0, np.float32), history)
     x = there(logits, torch.float32)
-    work.penalize(
-        x,
+    known_rows = SeenRows(
         there(rows, torch.int64),
         there(begins, torch.int64),
         there([len(seen) for _, seen, _ in each], torch.int64),
         there([penalties for penalties, *_ in each], torch.float32),
-        there(ids, torch.int32) if ahead else None,
-        there(counts, torch.float32) if ahead else None,
         there(table, torch.int32),
         max(len(seen) for _, seen, _ in each),
+        there(ids, torch.int32) if ahead else None,
+        there(counts, torch.float32) if ahead else None,
     )
+    work.penalize(x, known_rows)
     np.testing.assert_allclose(x.cpu().numpy(), wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_masks_of_any_width(work: Work, temperature: float) -> None:
     for width, most in ((1, 31), (2, VOCAB - 1), (3, VOCAB - 1)):
         words = np.full((2, width), -1, np.int32)
         words[0, 1:] = 0
-        chosen = work.choose(logits, rows, rules, uniform, mask_of, there(words, torch.int32))
+        chosen = work.choose(logits, Draws(rows, rules, uniform, mask_of, there(words, torch.int32)))
         assert chosen.tolist() == [most, VOCAB - 1, 31]
 
 

@@ -26,10 +26,10 @@ def record(work: KernelWork) -> list[tuple[Any, ...]]:
     step = Step.random(PENALIZED, 3, 100, torch.device("cpu"), 0)
     step.run(work)
     masks = torch.zeros(3, dtype=torch.int32), torch.zeros((1, 4), dtype=torch.int32)
-    work.choose(step.logits, step.rows, step.rules, step.uniform, *masks)
-    work.measure(step.logits, step.rows, step.rows, 2)
+    work.choose(step.logits, step.draws._replace(mask_of=masks[0], words=masks[1]))
+    work.measure(step.logits, step.draws.rows, step.draws.rows, 2)
     ahead = torch.zeros((3, 2), dtype=torch.int32), torch.zeros((3, 2))
-    work.penalize(step.logits, step.rows, step.begins, step.sizes, step.penalties, *ahead, step.table, 100)
+    work.penalize(step.logits, step.seen._replace(ahead_ids=ahead[0], ahead_counts=ahead[1]))
     Launcher.__call__ = before  # type: ignore[method-assign]
     return found
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from angelforge.runtime.device_kernels import KernelWork
+from angelforge.runtime.device_work import Draws, SeenRows
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools import sampling_report
 from angelforge.tools.kernel_bench.statistics import Timing
@@ -25,14 +26,12 @@ VOCAB, CPU = 3000, torch.device("cpu")
 class Wrong(KernelWork):
     """Forgets top-p, and what was penalised."""
 
-    def choose(
-        self, logits: torch.Tensor, rows: torch.Tensor, rules: torch.Tensor, *rest: torch.Tensor | None
-    ) -> torch.Tensor:
-        rules = rules.clone()
+    def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        rules = draws.rules.clone()
         rules[:, 2] = 1.0
-        return super().choose(logits, rows, rules, *rest)
+        return super().choose(logits, draws._replace(rules=rules))
 
-    def penalize(self, logits: torch.Tensor, *rest: torch.Tensor | int | None) -> None:
+    def penalize(self, logits: torch.Tensor, seen: SeenRows) -> None:
         logits[:, 0] += 1
 
 
