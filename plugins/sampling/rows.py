@@ -138,6 +138,13 @@ def _mark(low, high, number):
 
 
 @triton.jit
+def _narrowed(low, high, enough):
+    """What is left of [low, high] where the first `enough` of the eight keys have enough that is not below them."""
+    below, above = _mark(low, high, enough), _mark(low, high, enough + 1) - 1
+    return tl.where(enough > 0, below, low), tl.where(enough < WAYS, above, high)
+
+
+@triton.jit
 def count_limit(source, length, mask, wanted, least, most, words: tl.constexpr):
     """int32: the largest key in [least, most] with `wanted` logits not below it, or `least`."""
     low, high = least, most
@@ -149,9 +156,7 @@ def count_limit(source, length, mask, wanted, least, most, words: tl.constexpr):
             key = logit_key(load_logits(source, token, token < length, mask, words))
             key = tl.where(token < length, key, NO_KEY)[:, None]
             found += tl.sum((key >= marks).to(tl.int32), 0)
-        enough = tl.sum((found >= wanted).to(tl.int32))
-        below, above = _mark(low, high, enough), _mark(low, high, enough + 1) - 1
-        low, high = tl.where(enough > 0, below, low), tl.where(enough < WAYS, above, high)
+        low, high = _narrowed(low, high, tl.sum((found >= wanted).to(tl.int32)))
     return low
 
 
@@ -167,7 +172,5 @@ def mass_limit(source, length, mask, wanted, least, most, peak, divisor, words: 
             x = load_logits(source, token, token < length, mask, words)
             weight = weights_of(x, peak, divisor)[:, None]
             found += tl.sum(tl.where(logit_key(x)[:, None] >= marks, weight, 0.0), 0).to(tl.float64)
-        enough = tl.sum((found >= wanted).to(tl.int32))
-        below, above = _mark(low, high, enough), _mark(low, high, enough + 1) - 1
-        low, high = tl.where(enough > 0, below, low), tl.where(enough < WAYS, above, high)
+        low, high = _narrowed(low, high, tl.sum((found >= wanted).to(tl.int32)))
     return low
