@@ -27,9 +27,7 @@ class Draws(NamedTuple):
     rules: torch.Tensor
     uniform: torch.Tensor  # f64 [n] in [0, 1)
     mask_of: torch.Tensor | None = None  # int32 [n]: which of `words` is a row's mask, −1 for none
-    words: torch.Tensor | None = (
-        None  # int32 [m, w]: bit i of word j allows the id 32 j + i, none beyond
-    )
+    words: torch.Tensor | None = None  # int32 [m, w]: bit i of word j allows the id 32 j + i, none beyond
 
 
 class SeenRows(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,32 +36,31 @@ def candidates(
 def choices(logits: Float32, params: SamplingParams) -> tuple[Int64, Float64]:
     """The same for logits that are adjusted already: temperature, top-k, top-p and min-p."""
     ids, weights = kept(logits, params)
-    return ids, weights / weights.sum()
+    return ids, weights / weights.sum(dtype=np.float64)
 
 
-def kept(logits: Float32, params: SamplingParams) -> tuple[Int64, Float64]:
-    """The same with weights f64 [n] instead of probabilities: relative to the best token's 1."""
+def kept(logits: Float32, params: SamplingParams) -> tuple[Int64, Float32]:
+    """The same with weights f32 [n], relative to the best token's 1, instead of probabilities; not to be changed."""
     best = int(logits.argmax())
     peak = float(logits[best])  # not a number where any logit is none
     if not math.isfinite(peak):
-        return np.empty(0, np.int64), np.empty(0, np.float64)
+        return np.empty(0, np.int64), np.empty(0, np.float32)
     if params.greedy:
-        return np.array([best]), np.ones(1)
+        return np.array([best]), np.ones(1, np.float32)
     limited = 0 < params.top_k < logits.shape[0]
     if limited or params.top_p < 1:
         if limited:
             ids = top_ids(logits, params.top_k)
-            weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
-            keep = _nucleus(weights, float(weights.sum()), params.top_p)
+            weights = _weights(logits[ids], peak, params.temperature)
+            keep = _nucleus(weights, float(weights.sum(dtype=np.float64)), params.top_p)
         else:
             ids, weights, keep = _nucleus_of_all(logits, peak, params)
         order = np.argsort(ids[:keep])  # they came by falling logits
         ids, weights = ids[order], weights[order]
     else:
-        ids = np.arange(logits.shape[0])
-        weights = _weights(logits, peak, params.temperature).astype(np.float64)
+        ids, weights = _all_ids(logits.shape[0]), _weights(logits, peak, params.temperature)
     if params.min_p > 0:
-        likely = weights >= params.min_p  # the best token's weight is 1
+        likely = weights >= np.float64(params.min_p)  # the best token's weight is 1
         ids, weights = ids[likely], weights[likely]
     return ids, weights
 
@@ -109,6 +109,13 @@ def adjust(logits: Float32, params: SamplingParams, ids: Int64, values: Float32,
     logits[history.ids] = seen
 
 
+@lru_cache(maxsize=4)
+def _all_ids(vocab: int) -> Int64:
+    ids = np.arange(vocab)
+    ids.flags.writeable = False
+    return ids
+
+
 def _weights(logits: Float32, peak: float, temperature: float) -> Float32:
     # exp of the scaled distance to the best, so at most 1: f32 is exact enough, sums over a vocabulary are taken in f64
     weights = logits - np.float32(peak)
@@ -117,21 +124,21 @@ def _weights(logits: Float32, peak: float, temperature: float) -> Float32:
     return np.exp(weights, out=weights)
 
 
-def _nucleus(weights: Float64, total: float, top_p: float) -> int:
+def _nucleus(weights: Float32, total: float, top_p: float) -> int:
     """How many of the descending `weights` it takes to hold `top_p` of `total`."""
     if top_p >= 1:
         return weights.shape[0]
     # A token is kept if those before it do not hold enough yet; the first always is.
-    return 1 + int(np.searchsorted(np.cumsum(weights[:-1]), top_p * total, side="left"))
+    return 1 + int(np.searchsorted(np.cumsum(weights[:-1], dtype=np.float64), top_p * total, side="left"))
 
 
-def _nucleus_of_all(logits: Float32, peak: float, params: SamplingParams) -> tuple[Int64, Float64, int]:
+def _nucleus_of_all(logits: Float32, peak: float, params: SamplingParams) -> tuple[Int64, Float32, int]:
     """Top-p over the whole vocabulary, sorting only as many tokens as are needed."""
     total = float(_weights(logits, peak, params.temperature).sum(dtype=np.float64))
     count = _NUCLEUS_GUESS
     while True:
         ids = top_ids(logits, count)
-        weights = _weights(logits[ids], peak, params.temperature).astype(np.float64)
+        weights = _weights(logits[ids], peak, params.temperature)
         keep = _nucleus(weights, total, params.top_p)
         if keep < ids.shape[0] or ids.shape[0] == logits.shape[0]:
             return ids, weights, keep

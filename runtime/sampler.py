@@ -13,6 +13,8 @@ from angelforge.runtime.distribution import Float64, adjusted, kept
 from angelforge.runtime.history import History
 from angelforge.runtime.sampling import SamplingParams
 
+_BLOCK = 1024  # ids whose running sum is taken at once: one over a whole vocabulary takes longer than its weights
+
 
 class Drawing(Protocol):
     """What the sampler needs to know of a request."""
@@ -65,12 +67,20 @@ def mask_of(request: Drawing) -> UInt32 | None:
     return None if request.constraint is None else request.constraint.mask()
 
 
-def draw(ids: Int64, weights: Float64, rng: np.random.Generator) -> int:
+def draw(ids: Int64, weights: Float32 | Float64, rng: np.random.Generator) -> int:
     """One of `ids` [n] with probability proportional to `weights` [n]; one without weight is never drawn. −1 for none.
 
-    It is the first at which the running sum passes its part of the whole.
+    It is the first at which the running sum passes its part of the whole: that of blocks, then that of ids in one.
     """
-    uniform, sums = rng.random(), np.cumsum(weights)
-    # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded, and the search ends at a
-    # token with a probability above zero.
-    return int(ids[np.searchsorted(sums, uniform * sums[-1], side="right")]) if ids.shape[0] else -1
+    uniform = rng.random()
+    if not ids.shape[0]:
+        return -1
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, ids.shape[0], _BLOCK), dtype=np.float64))
+    # random() is at most 1 − 2⁻⁵³, so the product is below the last sum also when rounded.
+    mark = uniform * sums[-1]
+    block = int(np.searchsorted(sums, mark, side="right"))
+    begin = block * _BLOCK
+    within = np.cumsum(weights[begin : begin + _BLOCK], dtype=np.float64)
+    place = np.searchsorted(within, mark - (sums[block - 1] if block else 0.0), side="right")
+    last = np.searchsorted(within, within[-1], side="left")  # with weight; a block's two sums may differ by a rounding
+    return int(ids[begin + min(place, last)])

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.drawing import drawing as request
 
 from angelforge.runtime.distribution import processed_distribution
-from angelforge.runtime.sampler import sample
+from angelforge.runtime.sampler import draw, sample
 from angelforge.runtime.sampling import SamplingParams
 
 
@@ -82,3 +84,32 @@ def test_a_token_that_is_not_greedy_takes_one_number_whatever_the_choice(params,
             [request(SamplingParams(temperature=1.0 if params else 0.0, **params), rng=rng)],
         )
         assert rng.count == count
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.001, 0.3, 1.0]),
+    st.one_of(st.sampled_from([0.0, float(np.nextafter(1.0, 0.0))]), st.floats(0, 1, exclude_max=True)),
+)
+def test_the_first_id_is_taken_at_which_the_running_sum_passes_the_mark(size, seed, share, point):
+    """However many ids there are; whole weights, of which few are above 0, make every sum exact."""
+    rng = np.random.default_rng(seed)
+    weights = np.where(rng.random(size) < share, rng.integers(1, 9, size), 0).astype(np.float32)
+    weights[rng.integers(size)] = 1
+    ids = np.sort(rng.choice(10_000, size, replace=False))
+    sums = np.cumsum(weights, dtype=np.float64)
+    assert draw(ids, weights, Edge(point)) == ids[np.flatnonzero(sums > point * sums[-1])[0]]
+
+
+@given(st.integers(1, 4000), st.integers(0, 2**32 - 1), st.floats(0, 1, exclude_max=True))
+def test_rounding_draws_nothing_without_weight(size, seed, point):
+    """Weights of every magnitude, where blocks' sums and running sums differ."""
+    rng = np.random.default_rng(seed)
+    weights = np.where(rng.random(size) < 0.5, np.exp(-rng.random(size) * 60), 0).astype(np.float32)
+    weights[rng.integers(size)] = 1
+    taken = draw(np.arange(size), weights, Edge(point))
+    sums = np.cumsum(weights, dtype=np.float64)
+    assert weights[taken] > 0
+    assert sums[taken] >= point * sums[-1] * (1 - 1e-12)
+    assert sums[taken] - weights[taken] <= point * sums[-1] * (1 + 1e-12)
