@@ -52,4 +52,4 @@ def sampling(seed: int, json_file: Path | None) -> None:
     report = measure_all(facts.name, torch.device("cuda:0"), FULL_CONFIG["vocab_size"], seed, say, save)
     click.echo(report.markdown())
     if report.problems:
-        raise AngelForgeError(f"{len(report.problems)} tokens are wrong; they stand below the table.")
+        raise AngelForgeError(f"{len(report.problems)} things are wrong; they stand below the table.")

@@ -13,9 +13,11 @@ import torch
 pytest.importorskip("triton")
 
 from angelforge.runtime.device_kernels import KernelWork
-from angelforge.runtime.device_work import Draws, SeenRows
+from angelforge.runtime.device_torch import TorchWork
+from angelforge.runtime.device_work import Draws, SeenRows, Work
 from angelforge.runtime.sampling import SamplingParams
 from angelforge.tools import sampling_report
+from angelforge.tools.kernel_bench.capture import CaptureError
 from angelforge.tools.kernel_bench.statistics import Timing
 from angelforge.tools.sampling_bench import KINDS, MARGIN, check, chosen
 from angelforge.tools.sampling_report import Report, measure_all
@@ -74,13 +76,46 @@ def test_a_run_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(each.figures) for each in saved] == [1, 2, 3, 4]
     assert saved[-1] == report
     assert "| greedy | 32 | 12.0 | 10% | 13 (1.1 ×) | yes |" in report.markdown()
-    assert "Goal at 32 rows, 50 µs: met by all." in report.markdown()
+    assert "Goal at 32 rows, 50 µs: met by all that ran." in report.markdown()
     monkeypatch.setattr(sampling_report, "KernelWork", Wrong)
     times = iter(range(60, 1000))
     with np.errstate(all="ignore"):
         late = measure_all("a GPU", CPU, 40, 1, lambda text: None, saved.append)
     assert "missed: greedy, temperature 1." in late.markdown()
     assert late.to_dict()["figures"][0]["ours"]["median"] == 60.0
+
+
+class Failing(KernelWork):
+    """Cannot draw, only take the largest."""
+
+    def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        if draws.rules[0, 0] > 0:
+            raise RuntimeError("an illegal instruction\nwas encountered")
+        return super().choose(logits, draws)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    """As long as the GPU answers; what torch cannot do is no fault."""
+
+    def time_calls(works: Sequence[Work]) -> Timing:
+        if isinstance(works[0], TorchWork):
+            raise CaptureError("It cannot be captured")
+        return Timing(10.0, 9.0, 0.1)
+
+    monkeypatch.setattr(sampling_report, "work_of_a_step", lambda rules, rows, vocab, device, work: work)
+    monkeypatch.setattr(sampling_report, "time_calls", time_calls)
+    monkeypatch.setattr(sampling_report, "KernelWork", Failing)
+    monkeypatch.setattr(sampling_report, "answers", lambda device: alive)
+    monkeypatch.setattr(sampling_report, "ROWS", (1,))
+    said: list[str] = []
+    with np.errstate(all="ignore"):
+        report = measure_all("a GPU", CPU, 40, 1, said.append, lambda known: None)
+    assert [each.rules for each in report.figures] == ["greedy"]
+    assert "| greedy | 1 | 10.0 | 10% | not run | yes |" in report.markdown()
+    failed = [kind for kind in KINDS if kind != "greedy"][: None if alive else 1]
+    assert list(report.problems) == [f"{kind}, 1 rows: RuntimeError: an illegal instruction" for kind in failed]
+    assert "As torch operations: It cannot be captured" in said
 
 
 def test_a_launch_that_looks_nothing_up_is_tritons_own() -> None:
