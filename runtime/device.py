@@ -117,7 +117,7 @@ class CudaDevice(Device):
 
     def bound(self) -> AbstractContextManager[Any]:
         """`torch.cuda.device`."""
-        return torch.cuda.device(self.torch)
+        return bound_to(self.torch)
 
     def stream(self) -> Any:
         """A stream of its own."""
@@ -167,6 +167,11 @@ class CudaDevice(Device):
                 graph.replay()
 
         return replay
+
+
+def bound_to(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, this thread's CUDA calls, Triton's launches among them, go to a GPU; nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.sampling import kernels
 from angelforge.plugins.sampling.kernels import CANDIDATES, ENTRIES_A_PROGRAM, GROUPS_A_PROGRAM, SamplingKernel
-from angelforge.runtime.device import explained_gpu
+from angelforge.runtime.device import bound_to, explained_gpu
 from angelforge.runtime.device_work import Draws, Measured, SeenRows
 
 MOST_ROWS = 256  # that are worked on at once: of 157,184 ids each takes 75 kB beside its logits
@@ -63,7 +63,7 @@ class KernelWork:
 
         Raises AngelForgeError where Triton cannot compile or load one, or memory is short.
         """
-        with explained_gpu(), explained_compiler():
+        with bound_to(device), explained_gpu(), explained_compiler():
             logits = torch.zeros((1, vocab), device=device)
             row, number = (torch.zeros(1, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
             rules, uniform = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((1, 4), 1))

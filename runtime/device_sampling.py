@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from angelforge.runtime.batch import Int64
-from angelforge.runtime.device import explained_gpu
+from angelforge.runtime.device import bound_to, explained_gpu
 from angelforge.runtime.device_adjusting import Place, Standing
 from angelforge.runtime.device_history import DeviceHistories
 from angelforge.runtime.device_logprobs import told
@@ -48,7 +48,10 @@ class DeviceSampler:
         Bias and penalties change the logits. Raises AngelForgeError where the device fails in this or earlier work.
         """
         round_ = Round(draws, scored)
-        with explained_gpu():  # a launch too tells of a lack of memory, or of what failed before it
+        with (
+            bound_to(self.device),
+            explained_gpu(),
+        ):  # a launch too tells of a lack of memory, or of what failed before it
             packed = self.prepare(round_, logits.shape[1])
             return Answer(round_, round_.compute(logits, packed, self.histories, self.work).fetch())
 

@@ -1,5 +1,7 @@
 """What a device computes keeps to its contract, beyond what the sampler asks of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.device_works import EVERY_WORK
 
+from angelforge.runtime import device_sampling
+from angelforge.runtime.device_adjusting import Place
+from angelforge.runtime.device_sampling import DeviceSampler
 from angelforge.runtime.device_torch import TorchWork
 from angelforge.runtime.device_work import Draws, SeenRows, Work, work_of
 from angelforge.runtime.distribution import adjust
@@ -109,3 +114,28 @@ def test_what_is_measured(work: Work, data: st.DataObject, count: int) -> None:
 
 def test_a_cpu_computes_in_torch() -> None:
     assert isinstance(work_of(torch.device("cpu")), TorchWork)
+
+
+def test_what_is_launched_goes_to_the_samplers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the thread's current GPU, which is the first one in a thread that says nothing."""
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def bound_to(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Noting(TorchWork):
+        def choose(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+            seen.append(list(inside))
+            return super().choose(logits, draws)
+
+    seen: list[list[torch.device]] = []
+    monkeypatch.setattr(device_sampling, "bound_to", bound_to)
+    sampler, place = (
+        DeviceSampler(torch.device("cpu"), Noting()),
+        Place(0, SamplingParams(), None, np.random.default_rng(0)),
+    )
+    assert sampler.answer(torch.eye(3), [place]).tokens.tolist() == [0]
+    assert seen == [[torch.device("cpu")]]
