@@ -48,10 +48,8 @@ class DeviceSampler:
         Bias and penalties change the logits. Raises AngelForgeError where the device fails in this or earlier work.
         """
         round_ = Round(draws, scored)
-        with (
-            bound_to(self.device),
-            explained_gpu(),
-        ):  # a launch too tells of a lack of memory, or of what failed before it
+        # A launch too tells of a lack of memory, or of what failed before it.
+        with bound_to(self.device), explained_gpu():
             packed = self.prepare(round_, logits.shape[1])
             return Answer(round_, round_.compute(logits, packed, self.histories, self.work).fetch())
 
