@@ -9,10 +9,8 @@ import numpy as np
 import torch
 
 from angelforge.runtime.device_transfer import Parcel
-from angelforge.runtime.device_work import Measured, Work
+from angelforge.runtime.device_work import Work
 from angelforge.runtime.logprobs import TokenLogprob, require_finite
-
-_ROWS = 128  # that are measured at once: a longer prompt's take no more memory
 
 
 def measure(
@@ -22,11 +20,9 @@ def measure(
 
     `tokens` int64 [m] are those of the rows (−1: none), `count` that of the likeliest tokens.
     """
-    begins = range(0, rows.shape[0], _ROWS)
-    parts = [work.measure(logits, rows[at : at + _ROWS], tokens[at : at + _ROWS], count) for at in begins]
-    for field in fields(Measured):
-        each = [getattr(part, field.name) for part in parts]
-        parcel.add(field.name, each[0] if len(each) == 1 else torch.cat(each))
+    found = work.measure(logits, rows, tokens, count)
+    for field in fields(found):
+        parcel.add(field.name, getattr(found, field.name))
 
 
 def told(found: dict[str, Any], number: int, token: int, count: int) -> TokenLogprob:

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import pad
 
 from angelforge.runtime.device_work import Draws, Measured, SeenRows
+from angelforge.runtime.distribution import LARGEST_DIVISOR, SMALLEST_DIVISOR
 
-_ROWS = 16  # that are chosen from at once: sorting a row takes six times its memory
-_SMALLEST_DIVISOR, _LARGEST_DIVISOR = 1e-30, 1e30  # as in distribution.py
+_ROWS = 16  # that are sorted at once: it takes six times their memory
 
 
 class TorchWork:
@@ -46,12 +46,16 @@ class TorchWork:
 
     def measure(self, logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int) -> Measured:
         """As the protocol's."""
-        x = logits.index_select(0, rows)
-        peak = x.amax(1, keepdim=True)
-        total = (x - peak).exp().sum(1, dtype=torch.float64)
-        logit = x.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
-        values, ids = x.sort(dim=1, descending=True, stable=True)
-        return Measured(peak.squeeze(1), total, logit, values[:, :count], ids[:, :count].int())
+        parts = []
+        for begin in range(0, rows.shape[0], _ROWS):
+            some = slice(begin, begin + _ROWS)
+            x = logits.index_select(0, rows[some])  # [n, vocab]
+            peak = x.amax(1, keepdim=True)
+            total = (x - peak).exp().sum(1, dtype=torch.float64)
+            logit = x.gather(1, tokens[some].clamp(min=0).unsqueeze(1)).squeeze(1)
+            values, ids = x.sort(dim=1, descending=True, stable=True)
+            parts.append((peak.squeeze(1), total, logit, values[:, :count], ids[:, :count].int()))
+        return Measured(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def _choose(x: torch.Tensor, rules: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -60,7 +64,7 @@ def _choose(x: torch.Tensor, rules: torch.Tensor, uniform: torch.Tensor) -> torc
     temperature, top_k, top_p, min_p = rules.unsqueeze(2).unbind(1)  # f64 [n, 1] each
     values, ids = x.sort(dim=1, descending=True, stable=True)  # a NaN comes first, of ties the lowest id
     peak = values[:, :1]
-    weights = ((values - peak) / temperature.clamp(_SMALLEST_DIVISOR, _LARGEST_DIVISOR).float()).exp()
+    weights = ((values - peak) / temperature.clamp(SMALLEST_DIVISOR, LARGEST_DIVISOR).float()).exp()
     last = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).long() - 1
     weights = torch.where(values >= values.gather(1, last), weights, 0.0)  # ties with the last are kept, too
     sums = weights.cumsum(1, dtype=torch.float64)

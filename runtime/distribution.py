@@ -17,8 +17,8 @@ from angelforge.runtime.selection import top_ids
 Float64 = npt.NDArray[np.float64]
 
 _NUCLEUS_GUESS = 256  # tokens that top-p looks at first; it looks at 16 times as many until they hold enough
-_SMALLEST_DIVISOR = 1e-30  # a normal f32, so that a temperature below it does not become a division by zero
-_LARGEST_DIVISOR = 1e30  # nor one above it infinity, by which −inf makes no number
+SMALLEST_DIVISOR = 1e-30  # a normal f32, so that a temperature below it does not become a division by zero
+LARGEST_DIVISOR = 1e30  # nor one above it infinity, by which −inf makes no number
 
 
 def candidates(
@@ -120,7 +120,7 @@ def _weights(logits: Float32, peak: float, temperature: float) -> Float32:
     # exp of the scaled distance to the best, so at most 1: f32 is exact enough, sums over a vocabulary are taken in f64
     weights = logits - np.float32(peak)
     with np.errstate(over="ignore"):  # a tiny temperature makes the distance infinite and the weight 0, as it should
-        weights /= np.float32(min(max(temperature, _SMALLEST_DIVISOR), _LARGEST_DIVISOR))
+        weights /= np.float32(min(max(temperature, SMALLEST_DIVISOR), LARGEST_DIVISOR))
     return np.exp(weights, out=weights)
 
 

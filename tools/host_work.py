@@ -50,7 +50,6 @@ class Timed:
     steps: list[float] = field(default_factory=list)  # whole, without the arithmetic of sampling
     launches: list[float] = field(default_factory=list)  # of it: size, padding, copy, launch of the captured step
     draws: list[float] = field(default_factory=list)
-    calls: list[float] = field(default_factory=list)  # not of it: what `time_calls` tells
     idle: list[float] = field(default_factory=list)  # of it: what a GPU waits for, from a step's end to the next launch
     drafts: list[float] = field(default_factory=list)  # of it: all calls of a draft, and what it is told and remembered
     tokens: list[int] = field(default_factory=list)  # that the step gave, of all requests

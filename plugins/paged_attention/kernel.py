@@ -26,9 +26,8 @@ from angelforge.plugins.kernel import Gpu, Kernel, Tile
 from angelforge.plugins.paged_attention.operator import PAGED_ATTENTION
 
 _KEYS = 32  # of a tile: two tiles of keys and values in shared memory fit in 48 KB
-_MOST_DIMS = (
-    128  # of a head: tiles of 256 dims pass 48 KB of shared memory when decoding, and all of an SM's with prompts
-)
+# Of a head: tiles of 256 dims pass 48 KB of shared memory when decoding, and all of an SM's with prompts.
+_MOST_DIMS = 128
 _ROWS = 32  # query rows of a piece when draft tokens are verified
 
 # Kinds of pieces: of parts with few query rows (plain decoding) and with more (verification); of all keys of a sequence

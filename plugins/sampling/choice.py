@@ -1,7 +1,7 @@
 """The token that each row gives: temperature, top-k, top-p and min-p, and a draw; a program a row, nothing is sorted.
 
-The rules and their order are those of `runtime/distribution.py`: the token is the first token, rising, at which the
-running weight of what is kept exceeds uniform · total.
+The rules and their order are those of `runtime/distribution.py`: the token is the first id, rising, at which the
+running sum of what is kept exceeds uniform · total.
 """
 
 import triton
@@ -102,7 +102,7 @@ def _ties_needed(source, length, mask, nucleus, wanted, peak, divisor, words: tl
 
 @triton.jit
 def _list_enough(
-    row, key, lowest, peak_key, mask, wanted, by_mass, enough, min_p, divisor, own_groups, own_values, own_ids,
+    row, key, peak_key, mask, wanted, by_mass, enough, min_p, divisor, own_groups, own_values, own_ids,
     vocab: tl.constexpr, words: tl.constexpr,
 ):  # fmt: skip
     """(how many candidates are listed, the key that none is below); more than 2,048: they do not decide.
@@ -117,7 +117,7 @@ def _list_enough(
     listing = wanted <= groups
     while listing:
         if wanted > 0:
-            least = group_limit(key, wanted, lowest, peak_key)
+            least = group_limit(key, wanted, peak_key)
         else:
             slack = divisor * 1e-3 + 1e-6 * tl.abs(peak)
             least = float_key(peak + divisor * tl.log(min_p.to(tl.float32)) * 1.0001 - slack)
@@ -161,9 +161,8 @@ def _draw_by_rules(
     """The id of a row with at least one rule, from its candidates or, where they do not decide, from all of it."""
     by_mass = (top_k <= 0) & (top_p < 1)
     wanted = tl.where(by_mass, FEW_GROUPS, top_k)
-    lowest = tl.min(tl.where(key == NO_KEY, peak_key, key))
     size, least = _list_enough(
-        row, key, lowest, peak_key, mask, wanted, by_mass, top_p * everything, min_p, divisor,
+        row, key, peak_key, mask, wanted, by_mass, top_p * everything, min_p, divisor,
         own_groups, own_values, own_ids, vocab, words,
     )  # fmt: skip
     listed = size <= CANDIDATES

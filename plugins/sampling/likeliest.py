@@ -20,7 +20,7 @@ from angelforge.plugins.sampling.rows import (
 @triton.jit
 def _store_largest(source, length, ids, listed, limit, count, values_out, ids_out):
     """The `count` largest by rising id: all above the key `limit`, and the first of those that have it."""
-    ties = count - count_from(source, length, 0, limit + 1, 0)
+    ties = count - count_from(source, length, limit + 1)
     seen = length * 0
     stored = length * 0
     for begin in range(0, length, CANDIDATES):
@@ -77,8 +77,7 @@ def measure_rows(
     own_values = values + place * CANDIDATES
     own_ids = ids + place * CANDIDATES
     if count <= groups:
-        lowest = tl.min(tl.where(group < groups, key, peak_key))
-        least = group_limit(key, count, lowest, peak_key)
+        least = group_limit(key, count, peak_key)
         size = list_candidates(row, key, least, 0, groups_listed + place * groups, own_values, own_ids, vocab, 0)
     listed = size <= CANDIDATES
     least = tl.where(listed, least, MINUS_INFINITY)

@@ -69,9 +69,9 @@ def middle(low, high):
 
 
 @triton.jit
-def group_limit(keys, wanted, least, most):
-    """int32: the largest key in [least, most] with `wanted` of `keys` not below it; `least` must have so many."""
-    low, high = least, most
+def group_limit(keys, wanted, peak_key):
+    """int32: the largest key with `wanted` of the groups' `keys` not below it; there must be so many groups."""
+    low, high = tl.min(tl.where(keys == NO_KEY, peak_key, keys)), peak_key
     while low < high:
         mid = middle(low, high)
         enough = tl.sum((keys >= mid).to(tl.int32)) >= wanted
@@ -108,19 +108,19 @@ def list_candidates(row, keys, limit, mask, groups_listed, values, ids, vocab: t
 
 
 @triton.jit
-def count_from(source, length, mask, least, words: tl.constexpr):
+def count_from(source, length, least):
     """How many of the `length` logits at `source` have a key of at least `least`."""
     found = length * 0
     for begin in range(0, length, CANDIDATES):
         token = begin + tl.arange(0, CANDIDATES)
-        key = logit_key(load_logits(source, token, token < length, mask, words))
+        key = logit_key(load_logits(source, token, token < length, 0, 0))
         found += tl.sum(((key >= least) & (token < length)).to(tl.int32))
     return found
 
 
 @triton.jit
 def mass_from(source, length, mask, least, peak, divisor, words: tl.constexpr):
-    """The weights of those together, f64."""
+    """The weights of those together, f64; of what `mask` allows."""
     found = (peak * 0).to(tl.float64)
     for begin in range(0, length, CANDIDATES):
         token = begin + tl.arange(0, CANDIDATES)

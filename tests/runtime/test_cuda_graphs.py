@@ -1,11 +1,10 @@
 """A capture that fails says why, leaves torch as it was, and releases the allocator's pool exactly once."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
-from support.cuda_calls import Cuda
+from support.cuda_calls import Cuda, failing
 
 from angelforge.errors import AngelForgeError
 from angelforge.runtime.cuda_graphs import capture
@@ -22,13 +21,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     found = Cuda()
     found.install(monkeypatch)
     return found
-
-
-def failing(error: BaseException) -> Callable[[], None]:
-    def work() -> None:
-        raise error
-
-    return work
 
 
 def test_a_capture_is_on_the_stream_that_is_given(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,22 @@
 A replay takes so many µs of a clock that only replays move; a stream is a name; a capture fails where it is told to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
 import torch
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    """Work that raises it."""
+
+    def work() -> None:
+        raise error
+
+    return work
 
 
 @dataclass

@@ -1,10 +1,8 @@
 """A capture that fails says why; a time is of a GPU at its clocks, without the host."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from support.cuda_calls import Cuda
+from support.cuda_calls import Cuda, failing
 
 from angelforge.errors import AngelForgeError
 from angelforge.tools.kernel_bench import timing
@@ -18,13 +16,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     found = Cuda()
     found.install(monkeypatch)
     return found
-
-
-def failing(error: Exception) -> Callable[[], None]:
-    def work() -> None:
-        raise error
-
-    return work
 
 
 def test_a_capture_is_on_a_stream_of_its_own(cuda: Cuda) -> None:
