@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -214,20 +215,25 @@ def test_a_failing_engine(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed step ends its requests with 500, or with an event where a stream runs; the next request is served."""
     with LLM(toy, threads=1, speculate=0) as llm, served(llm) as running:
         engine, forward = llm.stepper.engine, llm.stepper.engine.forward
-        fails = [False] * 3 + [True] + [False] * 100
+        fails, streams = [False] * 3 + [True], threading.Event()
 
         def failing(batch: Any) -> Any:
             if fails and fails.pop(0):
+                assert streams.wait(30)
                 raise AngelForgeError("The engine has failed.")
             return forward(batch)
 
         monkeypatch.setattr(engine, "forward", failing)
-        body = {"prompt": CALL, "max_tokens": 50, "ignore_eos": True}
-        events = running.post(COMPLETIONS, {**body, "stream": True}).text.split("\n\n")
-        assert json.loads(events[-3][6:])["error"] == {
+        body = {"prompt": CALL, "max_tokens": 50, "ignore_eos": True, "temperature": 0}
+        with running.http.stream("POST", COMPLETIONS, json={"model": "toy", **body, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            assert json.loads(next(lines)[6:])["choices"]
+            streams.set()
+            events = [line for line in lines if line]
+        assert json.loads(events[-2][6:])["error"] == {
             "message": "The engine has failed.", "type": "server_error", "param": None, "code": None,
         }  # fmt: skip
-        assert events[-2:] == ["data: [DONE]", ""]
+        assert events[-1] == "data: [DONE]"
         assert running.http.get("/health").status_code == 200
         fails[:] = [True] * 3
         for _ in range(3):
