@@ -68,7 +68,8 @@ def compare_whole(expected: BundleRunner, found: BundleRunner, schedule: Schedul
         AngelForgeError: a side cannot run.
     """
     meter = _Meter(schedule, limits)
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    # Polygraphy takes variances for a log that is off, also of infinities, which NumPy would warn of.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):
         results = Comparator.run(
             [expected, found], data_loader=[feed_dict(step.batch) for step in schedule.steps], streaming=True
         )

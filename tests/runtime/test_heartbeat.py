@@ -17,8 +17,8 @@ def ranks(count: int) -> list[Heartbeat]:
 def test_all_are_well() -> None:
     """Nobody is named while all give signs, however long that is watched."""
     first, second = ranks(2)
-    watch = first.watch(patience=2)
-    for _ in range(4):
+    watch = first.watch(patience=3)
+    for _ in range(5):
         assert watch.lost() is None
         time.sleep(0.6)
     assert first.culprit() is None
@@ -45,7 +45,7 @@ def test_who_gives_up_says_why() -> None:
     second.report("The disk is gone.")
     begin = time.monotonic()
     assert first.culprit() == "Rank 1 gave up: The disk is gone."
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 2  # what it waits for signs
     first.stop()
     second.stop()
 
