@@ -20,7 +20,7 @@ from angelforge.engines.manifest import (
 )
 from angelforge.engines.preparation import Prepared, PreparedGraph, prepare_build
 from angelforge.engines.tensorrt_builder import EngineRequest, build_engine
-from angelforge.engines.tensorrt_layers import read_activation_bytes
+from angelforge.engines.tensorrt_layers import LOGS, read_activation_bytes
 from angelforge.engines.tensorrt_progress import Report, part
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
@@ -31,7 +31,6 @@ from angelforge.plugins.tensorrt.library import Library, load_library
 from angelforge.targets import Target
 
 TIMING_CACHE = "timing.cache"
-LOGS = {"target": "build.log", "draft": "draft.log"}
 _PREFIXES = {"target": "model", "draft": "draft"}
 _SAME_MEMORY = 0.08  # cards of one kind differ by what is reserved for error correction
 _DRAFT_SHARE = 0.1  # of the time that a build of both takes

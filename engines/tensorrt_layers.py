@@ -6,6 +6,7 @@ from pathlib import Path
 
 from angelforge.diskerrors import explained
 
+LOGS = {"target": "build.log", "draft": "draft.log"}  # in the engine's folder, by the graph's role
 _LAYER = re.compile(
     r"^(?:Name: )(?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Out)"
 )

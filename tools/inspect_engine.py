@@ -8,10 +8,9 @@ from typing import Any
 import click
 
 from angelforge.bundle import Bundle
-from angelforge.engines.build import LOGS
 from angelforge.engines.manifest import EngineManifest, file_digest
 from angelforge.engines.profiles import Profile
-from angelforge.engines.tensorrt_layers import EngineLayer, read_layers
+from angelforge.engines.tensorrt_layers import LOGS, EngineLayer, read_layers
 from angelforge.tools.graph_summary import GraphSummary, summarize_graph
 from angelforge.tools.inspect_graph import print_ports
 from angelforge.tools.output import format_bytes, format_seconds, print_table
