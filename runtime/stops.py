@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+_SHORT = (
+    32  # characters: texts up to here are looked up among all begins; those of long stop strings would fill the memory
+)
+
 
 class StopFilter:
     """Passes text on until the first stop string is complete; holds back what may be the begin of one.
@@ -14,7 +18,8 @@ class StopFilter:
         self.stopped = False
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
-        self._begins = tuple({stop[:size] for stop in stops for size in range(1, len(stop))})
+        self._firsts = frozenset(stop[0] for stop in stops)
+        self._begins = tuple({stop[:size] for stop in stops for size in range(1, min(len(stop), _SHORT + 1))})
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -37,9 +42,11 @@ class StopFilter:
 
     def _unsure(self, text: str) -> int:
         """Where the longest end of `text` begins that a stop string begins with."""
-        if not text.endswith(self._begins):  # nearly always, and one call
+        if len(text) <= _SHORT and not text.endswith(self._begins):  # nearly always, and one call
             return len(text)
         for begin in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[begin:] in self._begins:
-                return begin
+            if text[begin] in self._firsts:
+                end = text[begin:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return begin
         return len(text)

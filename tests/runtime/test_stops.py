@@ -1,11 +1,16 @@
 """Stop strings are found wherever the text is cut, and nothing of them is shown."""
 
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from angelforge.runtime.stops import StopFilter
 
-STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple)
+# Also longer ones than those whose begins are listed, built of few parts so that texts hold their begins.
+LONG = st.lists(st.sampled_from(["ab", "a" * 20, "ab" * 17, "b"]), min_size=1, max_size=4).map("".join)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4) | LONG, max_size=3).map(tuple)
+PIECES = st.lists(st.text("abc", max_size=4) | LONG, max_size=10)
 
 
 def expected(text, stops):
@@ -17,7 +22,7 @@ def expected(text, stops):
     return None
 
 
-@given(st.lists(st.text("abc", max_size=4), max_size=10), STOPS)
+@given(PIECES, STOPS)
 def test_the_output_ends_before_the_first_stop_string_however_the_text_is_cut(pieces, stops):
     text = "".join(pieces)
     wanted = expected(text, stops)
@@ -27,7 +32,7 @@ def test_the_output_ends_before_the_first_stop_string_however_the_text_is_cut(pi
     assert shown + stream.finish() == (text if wanted is None else wanted)
 
 
-@given(st.lists(st.text("abc", max_size=4), max_size=10), STOPS)
+@given(PIECES, STOPS)
 def test_text_is_held_back_only_while_it_can_become_a_stop_string(pieces, stops):
     stream, seen, shown = StopFilter(stops), "", ""
     for piece in pieces:
@@ -36,3 +41,12 @@ def test_text_is_held_back_only_while_it_can_become_a_stop_string(pieces, stops)
             held = seen[len(shown) :]
             assert seen.startswith(shown)
             assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+def test_a_long_stop_string_takes_memory_for_itself_only():
+    """Anyone who may ask a server can send one of megabytes; a list of its begins would have as many terabytes."""
+    tracemalloc.start()
+    stream = StopFilter(("a" * 4_000 + "b",))
+    assert stream.push("c" + "a" * 100) + stream.push("aac") == "c" + "a" * 102 + "c"
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
