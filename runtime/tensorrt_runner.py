@@ -1,4 +1,4 @@
-"""Steps of one TensorRT engine: captured where they decode, enqueued where they hold prompts."""
+"""Steps of one TensorRT engine, each size in a context of its own: decoding captured, prompts enqueued as they are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Runner:
         self._arena = InputArena(device, layout.nbytes)
         self._replays: dict[Bucket, Callable[[], None]] = {}
         self._captured: list[TensorrtContext] = []  # they live as long as the graphs made of them
-        self._contexts: dict[int, TensorrtContext] = {}  # by profile, for steps that are not captured
+        self._steps: dict[Bucket, Callable[[], None]] = {}  # of those that are not captured, since their first one
 
     def capture(self) -> None:
         """Captures every bucket, each in a context of its own, after one run on padding alone.
@@ -67,7 +67,6 @@ class Runner:
         self._device.follow(self._stream, None)  # which clears the pool
         for bucket in self._buckets.captured:
             layout = layout_of(bucket.size)
-            self._arena.keep(layout)
             context = self._new_context(bucket.profile)
             self._captured.append(context)
             work = self._step(context, layout)
@@ -96,10 +95,10 @@ class Runner:
         if replay is not None:
             replay()
         else:
-            if bucket.profile not in self._contexts:
-                self._contexts[bucket.profile] = self._new_context(bucket.profile)
+            if bucket not in self._steps:
+                self._steps[bucket] = self._step(self._new_context(bucket.profile), layout)
             with self._device.on(self._stream):
-                self._step(self._contexts[bucket.profile], layout)()
+                self._steps[bucket]()
         self._device.follow(None, self._stream)
 
     def close(self) -> None:
@@ -108,7 +107,7 @@ class Runner:
             self._device.wait(self._device.mark(self._stream))
         self._replays.clear()
         self._captured.clear()
-        self._contexts.clear()
+        self._steps.clear()
         self._session.close()
 
     def _new_context(self, profile: int) -> TensorrtContext:
@@ -117,7 +116,8 @@ class Runner:
         return self._session.context(profile, fixed.activations, constant, fixed.addresses, handle)
 
     def _step(self, context: TensorrtContext, layout: InputLayout) -> Callable[[], None]:
-        """Binds a context to a layout; the result enqueues the step."""
+        """Binds a context to a layout, for good; the result enqueues the step."""
+        self._arena.keep(layout)
         names = [name for name in layout.shapes if name in self._session.names]
         addresses, tokens = self._arena.addresses(layout), layout.size.tokens
         shapes = {name: layout.shapes[name] for name in names}

@@ -159,7 +159,7 @@ def test_logits_and_pool_are_those_of_onnx_runtime(
 
 
 def test_captured_steps_have_sizes_of_buckets(bundle: Bundle) -> None:
-    """Decoding is padded to captured sizes in contexts that are never changed again; prompts run as they are."""
+    """Decoding is padded to captured sizes, prompts to others, each in a context that is never changed again."""
     engine = load(bundle, drafted=DeviceNeeds(0, 0, 0, 0))
     made = engine._runner._session._engine
     captured = list(made.contexts)
@@ -168,19 +168,22 @@ def test_captured_steps_have_sizes_of_buckets(bundle: Bundle) -> None:
     made.ran.clear()
     for batch in steps(engine.config.vocab_size):
         engine.forward(batch)
-    assert made.ran == [(29, 2), (2, 2), (6, 2), (70, 1), (1, 1)]
+    assert made.ran == [(32, 4), (2, 2), (6, 2), (96, 4), (1, 1)]
     assert [context.changes for context in captured] == changes
     engine.close()
 
 
 def test_without_graphs_nothing_is_captured(bundle: Bundle, reference: OnnxRuntimeEngine) -> None:
-    """Steps run as they are, with the same logits."""
+    """Steps have the same sizes, each with a context made at its first, and the same logits."""
     engine = load(bundle, cuda_graphs=False)
     made = engine._runner._session._engine
     assert made.contexts == []
     for batch in steps(engine.config.vocab_size):
         np.testing.assert_allclose(engine.forward(batch).numpy(), reference.forward(batch), rtol=2e-5, atol=2e-5)
-    assert made.ran == [(29, 2), (2, 2), (5, 2), (70, 1), (1, 1)]
+    assert made.ran == [(32, 4), (2, 2), (6, 4), (96, 4), (1, 1)]
+    assert len(made.contexts) == 5
+    engine.forward(steps(engine.config.vocab_size)[0])
+    assert len(made.contexts) == 5
     engine.close()
 
 

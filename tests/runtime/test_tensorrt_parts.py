@@ -127,11 +127,19 @@ def test_the_smallest_bucket_is_taken(sequences: int, data: st.DataObject) -> No
     assert all(b.size.tokens < tokens or b.size.sequences < sequences for b in smaller)
 
 
-def test_prompts_run_as_they_are() -> None:
+def test_prompts_are_padded_to_few_sizes() -> None:
+    """So many contexts are made at most, whatever comes; a third of a step is padding at most."""
     buckets = Buckets(make_profiles(REAL), 32, 3)
     chosen, captured = buckets.choose(step(200, 3, 1))
-    assert (chosen.size.tokens, chosen.size.sequences, chosen.profile, captured) == (200, 3, 2, False)
-    assert buckets.choose(step(8192, 1, 0))[0].size == Padding(8192, 1, 83, 1)  # a row is always computed
+    assert (chosen.size, chosen.profile, captured) == (Padding(256, 32, 2048, 128), 2, False)
+    chosen, _ = buckets.choose(step(257, 3, 1))
+    assert (chosen.size.tokens, chosen.profile) == (384, 3)
+    found = {tokens: buckets.choose(step(tokens, 1, 0))[0] for tokens in range(129, 8193)}
+    assert {bucket.size.tokens for bucket in found.values()} == {
+        *(2**i for i in range(8, 14)),  # 256 … 8192
+        *(3 * 2**i for i in range(6, 12)),  # 192 … 6144
+    }
+    assert all(bucket.size.tokens - tokens < bucket.size.tokens / 3 for tokens, bucket in found.items())
     with pytest.raises(AngelForgeError, match="A step has 8193 tokens of 1 sequences"):
         buckets.choose(step(8193, 1, 1))
 
