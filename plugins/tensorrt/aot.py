@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
@@ -22,6 +22,9 @@ from angelforge.plugins.tensorrt.launches import plan_launch
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.plugins.tensorrt.ptx import plugin_ptx
 from angelforge.plugins.tensorrt.types import from_tensorrt, to_tensorrt
+
+if TYPE_CHECKING:
+    from angelforge.plugins.compile import Compiled
 
 _ATTRIBUTES = "angelforge_attributes"  # set on the first output's descriptor
 
@@ -101,7 +104,7 @@ def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu) -> Callable[.
     """The implementation function: entry name, PTX, launch sizes and integer arguments for one profile."""
     count = len(operator.inputs)
 
-    def implementation(*arguments: Any) -> tuple[str, str, Any, Any]:
+    def implementation(*arguments: Any) -> tuple[str, bytes, Any, Any]:
         inputs, outputs = arguments[:count], arguments[-2]
         launch = plan_launch(
             operator,
@@ -119,12 +122,20 @@ def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu) -> Callable[.
         for i, extra in enumerate(launch.extras):
             extras[i] = plugin.SymInt32(plain(extra))
         parameters = count + len(launch.extras) + len(operator.outputs)
-        return launch.compiled.entry, plugin_ptx(launch.compiled, parameters), sizes, extras
+        return launch.compiled.entry, _kept_ptx(launch.compiled, parameters), sizes, extras
 
     last = [_parameter("outputs", tuple[plugin.TensorDesc]), _parameter("tactic", int)]
     result = tuple[str | bytes, str | bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
     _sign(implementation, [*_parameters(plugin, operator), *last], result)
     return implementation
+
+
+@cache
+def _kept_ptx(compiled: Compiled, parameters: int) -> bytes:
+    """`plugin_ptx`, as bytes that stay where they are: TensorRT is given their address, and the bindings hold only what
+    a plugin returned last, which is another kernel in each profile.
+    """
+    return plugin_ptx(compiled, parameters).encode()
 
 
 def _plugin_module(library: Library) -> Any:

@@ -116,6 +116,11 @@ def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> N
         assert "/" not in row["ptx"].replace("//", ""), "a path of this machine"
 
 
+def test_the_bytes_that_tensorrt_points_to_are_kept(driven: list[dict[str, Any]]) -> None:
+    """TensorRT gets the address of Python's bytes, and the bindings hold only those of a plugin's last profile."""
+    assert all(row["kept"] for row in driven)
+
+
 def test_no_result_depends_on_the_order_of_threads(driven: list[dict[str, Any]]) -> None:
     """No kernel of any precision and profile adds by atomics: same input, same bits."""
     assert [row["operator"] for row in driven if re.search(r"\b(atom|red)\.", row["ptx"])] == []
