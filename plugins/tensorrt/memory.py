@@ -23,6 +23,8 @@ class GpuMemory:
         check("allocate memory", cuda_driver().cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(max(nbytes, 256))))
         self.pointers.append(pointer.value)
         check("clear memory", cuda_driver().cuMemsetD8_v2(pointer, 0, ctypes.c_size_t(max(nbytes, 256))))
+        # It is cleared on the default stream, and returns before; this one's stream would not wait for that.
+        check("wait for the GPU", cuda_driver().cuStreamSynchronize(ctypes.c_void_p(None)))
         return pointer.value
 
     def upload(self, array: np.ndarray[Any, Any]) -> int:
