@@ -12,7 +12,7 @@ from typing import Any
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.tensorrt.dims import from_expressions, to_expressions
-from angelforge.plugins.tensorrt.driver import current_gpu, launch
+from angelforge.plugins.tensorrt.driver import current_gpu, has_context, launch, load
 from angelforge.plugins.tensorrt.fields import empty_arrays, from_fields, to_arrays, to_fields
 from angelforge.plugins.tensorrt.launches import Launch, plan_launch
 from angelforge.plugins.tensorrt.library import Library
@@ -92,7 +92,11 @@ class _Plugin:
         """There is only the default one."""
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Nothing is kept between calls."""
+        """Compiles and loads the kernel for these shapes: CUDA refuses that while the stream of `enqueue` is captured,
+        which TensorRT may do in order to time it. It comes before every first `enqueue`.
+        """
+        if has_context():
+            load(self._plan(inputs))
 
     def attach_to_context(self, context: Any) -> "_Plugin":
         """Execution contexts share nothing."""
@@ -112,11 +116,15 @@ class _Plugin:
         stream: int,
     ) -> None:
         """Launches the operator's kernel on TensorRT's stream, on TensorRT's own memory."""
-        shapes = tuple(tuple(desc.dims) for desc in input_desc)
+        launch(self._plan(input_desc), inputs, outputs, stream)
+
+    def _plan(self, inputs: Sequence[Any]) -> Launch:
+        """For inputs of these descriptions."""
+        shapes = tuple(tuple(desc.dims) for desc in inputs)
         if self.planned is None or self.planned[0] != shapes:
-            types = [from_tensorrt(self.api, desc.type) for desc in input_desc]
+            types = [from_tensorrt(self.api, desc.type) for desc in inputs]
             self.planned = shapes, plan_launch(self.operator, shapes, types, self.attributes, None, current_gpu())
-        launch(self.planned[1], inputs, outputs, stream)
+        return self.planned[1]
 
 
 def _bases(api: Any) -> tuple[Any, ...]:

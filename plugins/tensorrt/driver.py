@@ -26,6 +26,16 @@ def launch(plan: Launch, inputs: Sequence[int], outputs: Sequence[int], stream: 
     _launch(plan, plan.compiled.cubin, [*_arguments(plan, inputs, outputs), *scratch], stream)
 
 
+def load(plan: Launch) -> None:
+    """Loads a kernel in the current CUDA context, so that launching it need not.
+
+    Raises:
+        AngelForgeError: the driver refuses.
+    """
+    compiled = plan.compiled
+    _function(_current_context(), compiled.cubin, compiled.entry, compiled.shared)
+
+
 def launch_ptx(plan: Launch, ptx: str, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
     """Launches PTX of `plugin_ptx` as TensorRT's ahead-of-time plugins do: inputs, extras, outputs, nothing else.
 
@@ -91,6 +101,15 @@ def cuda_driver() -> Any:
     library.cuLaunchKernel.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
     library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return library
+
+
+def has_context() -> bool:
+    """Whether a CUDA context is current in this thread; there is none on a machine without a driver."""
+    context = ctypes.c_void_p()
+    try:
+        return cuda_driver().cuCtxGetCurrent(ctypes.byref(context)) == 0 and bool(context.value)
+    except AngelForgeError:
+        return False
 
 
 def _current_context() -> int:

@@ -138,6 +138,32 @@ def test_a_plugin_launches_on_tensorrts_memory_and_stream(cuda: Driver, monkeypa
     assert [arguments[1] for arguments in planned[1:]] == [((5, 8), (5, 8), (8,))]
 
 
+def test_a_plugin_loads_its_kernel_before_it_is_launched(cuda: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA loads nothing while a stream is captured, and TensorRT may capture `enqueue` in order to time it."""
+    api = rtx().api
+    monkeypatch.setattr(adapter, "plan_launch", lambda *arguments: Launch(CODE, (3, 1, 1), (3,)))
+    monkeypatch.setattr(adapter, "current_gpu", lambda: Gpu("sm_90", 78))
+    plugin: Any = adapter._creator_class(api).plugin_class(OPERATORS["AddNorm"], {"epsilon": 1e-6})
+    tensors = []
+    for shape in ((3, 8), (3, 8), (8,), (3, 8), (3, 8)):
+        tensors.append(api.PluginTensorDesc())
+        tensors[-1].dims, tensors[-1].type = shape, to_tensorrt(api, ir.DataType.BFLOAT16)
+    plugin.on_shape_change(tensors[:3], tensors[3:])
+    assert (cuda.loaded, cuda.launches) == ([b"cubin"], [])
+    plugin.enqueue(tensors[:3], tensors[3:], [100, 200, 300], [400, 500], 0, 42)
+    assert (cuda.loaded, len(cuda.launches)) == ([b"cubin"], 1)
+
+
+def test_a_build_without_a_gpu_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT for RTX builds on machines that have no driver."""
+
+    def none() -> Any:
+        raise AngelForgeError("This machine has no NVIDIA driver.")
+
+    monkeypatch.setattr(driver, "cuda_driver", none)
+    assert not driver.has_context()
+
+
 def test_kernels_of_other_gpus_and_types_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear of equal sizes for two architectures, and with f32 and bf16 results; what is alike is compiled once."""
     compiled: list[tuple[str, ir.DataType]] = []
