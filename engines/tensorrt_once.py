@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from angelforge.engines.tensorrt_log import logger_of
+from angelforge.engines.tensorrt_runtime import make_runtime
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.plugins.tensorrt.memory import gpu_memory
@@ -30,7 +30,7 @@ def run_once(
         AngelForgeError: TensorRT or CUDA refuses; the message says at which step.
     """
     with gpu_memory() as memory:
-        runtime = library.api.Runtime(logger_of(library))
+        runtime = make_runtime(library)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise AngelForgeError(f"{library.title} cannot load the engine; build it again on this machine.")

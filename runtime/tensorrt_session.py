@@ -7,6 +7,7 @@ from typing import Any
 
 from angelforge.engines.tensorrt_errors import explain_run_errors
 from angelforge.engines.tensorrt_log import logger_of
+from angelforge.engines.tensorrt_runtime import make_runtime
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.runtime.tensorrt_bindings import Bindings, read_bindings
@@ -20,7 +21,7 @@ class TensorrtSession:
         self.library = library
         self._on_context = on_context
         self._log = logger_of(library)
-        self._runtime = library.api.Runtime(self._log)
+        self._runtime = make_runtime(library)
         self._engine = self.checked("load the engine", self._runtime.deserialize_cuda_engine, plan)
         self.names: Sequence[str] = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
 

@@ -179,12 +179,12 @@ def large_tensor(folder: Path) -> str:
 
 def without_python(folder: Path) -> str:
     """Loads the ahead-of-time engine where nothing of this project is registered."""
-    from angelforge.engines.tensorrt_log import logger_of
+    from angelforge.engines.tensorrt_runtime import make_runtime
     from angelforge.plugins.tensorrt.library import load_library
 
     library = load_library("tensorrt")
     [plan] = (folder / "bundle-bf16" / "engines" / "this-gpu").glob("*.engine")
-    loaded = library.api.Runtime(logger_of(library)).deserialize_cuda_engine(plan.read_bytes())
+    loaded = make_runtime(library).deserialize_cuda_engine(plan.read_bytes())
     if loaded is None:
         raise AngelForgeError("TensorRT cannot load the engine: it seems to need the plugins in Python after all.")
     return f"loads; {loaded.num_layers} layers, {loaded.device_memory_size_v2 / 1e6:.1f} MB of activations"

@@ -373,3 +373,17 @@ def test_an_engine_that_cannot_be_loaded_is_told(bundle: Bundle) -> None:
     empty = TensorrtEngine(what.manifest, what.profiles, b"")
     with pytest.raises(AngelForgeError, match=r"TensorRT 11\.4\.0 cannot load the engine: the plan is empty"):
         TensorRTEngine(bundle, empty, library, open_device("cpu"), EngineOptions(num_pages=PAGES, max_batch=BATCH))
+
+
+def test_a_library_that_cannot_start_is_told(bundle: Bundle) -> None:
+    """With an old driver TensorRT makes no runtime, and the bindings raise a TypeError."""
+    what = opened(bundle, "target")
+    library = tensorrt_on_cpu.make_library(what.profiles)
+
+    def nothing(logger: Any) -> None:
+        logger.log(tensorrt_on_cpu.Severity.ERROR, "CUDA initialization failure with error: 35. Please check it.")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    library.api.Runtime = nothing
+    with pytest.raises(AngelForgeError, match=r"TensorRT 11\.4\.0 cannot start here: .* install driver 580 or newer"):
+        TensorRTEngine(bundle, what, library, open_device("cpu"), EngineOptions(num_pages=PAGES, max_batch=BATCH))
