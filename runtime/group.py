@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -108,9 +109,9 @@ class Group:
     def communicator(self) -> Any:
         """The NCCL communicator of this rank's GPU as the PyCapsule that TensorRT's `set_communicator` takes.
 
-        Collective: every rank calls it. `set_communicator` blocks until all have called that: a `barrier` before it
-        keeps a rank from waiting there, where nothing can be watched, for one that has died. Raises AngelForgeError
-        where torch does not tell it.
+        Collective: every rank calls it. This and `set_communicator` block until all have called them: a `barrier`
+        before each keeps a rank from waiting there, where nothing can be watched, for one that has died. Raises
+        AngelForgeError where torch does not tell it.
         """
         import ctypes
 
@@ -170,7 +171,8 @@ class Group:
                 raise AngelForgeError(self.failure)
 
     def report(self, message: str) -> None:
-        """Tells the others why this rank gives up; rank 0 shows it."""
+        """Tells the others why this rank gives up; rank 0 shows it. The group has ended with it."""
+        self.failure = self.failure or message
         self._heartbeat.report(message)
 
     def end(self, cause: str) -> AngelForgeError:
@@ -214,12 +216,17 @@ class Group:
             signal.signal(signal.SIGTERM, self._restored)
 
     def _abort(self) -> None:
-        """Ends what NCCL has on the GPU."""
+        """Ends what NCCL has on the GPU.
+
+        Nothing waits for it: NCCL returns only when no CUDA graph that was captured with its sums is left, and the
+        engine, which has them, is closed later.
+        """
         import torch
         import torch.distributed as dist
 
         if self._on_gpus:
-            dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device())).abort()
+            backend = dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device()))
+            threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True).start()
 
     def _ended(self, cause: str) -> str:
         return f"{cause} The {self.ranks} ranks have ended; start them again."
@@ -242,6 +249,12 @@ class Group:
                     raise AngelForgeError(self.failure)
         except RuntimeError as error:
             raise self.end(f"The connection between the ranks broke: {_first_line(error)}.") from error
+
+
+def _quietly(call: Callable[[], object]) -> None:
+    """The group has ended: what torch says of that is told already."""
+    with suppress(RuntimeError):
+        call()
 
 
 def _done_within_a_slice(work: Any) -> bool:

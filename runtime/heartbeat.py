@@ -35,11 +35,11 @@ class Heartbeat:
     def culprit(self) -> str | None:
         """Who has ended the group, as a sentence; None where all are alive. Takes up to 3 s."""
         with suppress(RuntimeError):
-            if told := self._told():
+            if told := self.told():
                 return told
             before = self.signs()
             time.sleep(_CERTAIN)
-            if told := self._told():
+            if told := self.told():
                 return told
             after = self.signs()
             silent = [rank for rank in self._others if before[rank] == after[rank]]
@@ -82,7 +82,8 @@ class Heartbeat:
             except RuntimeError:  # the store is gone; whoever waits for the others finds that too
                 return
 
-    def _told(self) -> str | None:
+    def told(self) -> str | None:
+        """What a rank that gave up has said, as a sentence; raises RuntimeError where the store is gone."""
         for rank in self._others:
             if self._store.check([f"failed/{rank}"]):
                 return f"Rank {rank} gave up: {self._store.get(f'failed/{rank}').decode()}"
@@ -103,8 +104,10 @@ class Watch:
         self._silent: dict[int, int] = {}
 
     def lost(self) -> str | None:
-        """To be called once a second: who hangs, as a sentence, else None. A rank that hangs is killed."""
+        """To be called once a second: who gave up or hangs, as a sentence, else None. A rank that hangs is killed."""
         try:
+            if told := self._heartbeat.told():
+                return told
             for rank, sign in self._heartbeat.signs().items():
                 self._silent[rank] = self._silent.get(rank, 0) + 1 if self._signs.get(rank) == sign else 0
                 self._signs[rank] = sign

@@ -53,6 +53,7 @@ class Communicator:
     def give(self, context: Any) -> None:
         """For `TensorrtSession`; all ranks make the same contexts in turn. Raises AngelForgeError if it is refused."""
         if self._capsule is None:
+            self._group.barrier(LOADING)  # ranks load at their own pace, and a first collective waits for all
             self._capsule = self._group.communicator()
         self._group.barrier(LOADING)  # the call blocks until all ranks have made it
         if not context.set_communicator(self._capsule):

@@ -40,9 +40,12 @@ def test_the_silent_one_is_named() -> None:
 
 
 def test_who_gives_up_says_why() -> None:
-    """At once, whatever the signs."""
+    """At once, whatever the signs, to whoever waits for it, too."""
     first, second = ranks(2)
+    watch = first.watch()
+    assert watch.lost() is None
     second.report("The disk is gone.")
+    assert watch.lost() == "Rank 1 gave up: The disk is gone."
     begin = time.monotonic()
     assert first.culprit() == "Rank 1 gave up: The disk is gone."
     assert time.monotonic() - begin < 2  # what it waits for signs

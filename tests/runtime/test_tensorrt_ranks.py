@@ -95,7 +95,7 @@ class Group:
 
 
 def test_every_context_gets_the_communicator() -> None:
-    """One for all, each after a barrier, since the call blocks until all ranks have made it; a refusal is told."""
+    """One for all, made and given after a barrier: both block until all ranks have come there. A refusal is told."""
     group = Group()
     given = []
 
@@ -110,8 +110,8 @@ def test_every_context_gets_the_communicator() -> None:
     communicator = Communicator(group)  # type: ignore[arg-type]
     communicator.give(Context(True))
     communicator.give(Context(True))
-    assert group.done == ["communicator", "barrier", "barrier"]
-    assert given == [("capsule", 2), ("capsule", 3)]
+    assert group.done == ["barrier", "communicator", "barrier", "barrier"]
+    assert given == [("capsule", 3), ("capsule", 4)]
     with pytest.raises(AngelForgeError, match="one libnccl"):
         communicator.give(Context(False))
 

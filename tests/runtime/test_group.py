@@ -1,0 +1,73 @@
+"""A rank on a GPU whose group ends: it comes back from NCCL, says why, and does not wait for ranks that are missing."""
+
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from angelforge.errors import AngelForgeError
+from angelforge.runtime.group import Group
+from angelforge.runtime.heartbeat import Heartbeat
+
+torch = pytest.importorskip("torch")
+dist = torch.distributed
+
+
+class Nccl:
+    """A process group whose abort, as NCCL's, returns only when no captured graph is left."""
+
+    def __init__(self) -> None:
+        self.aborted, self.graphs_gone, self.destroyed = threading.Event(), threading.Event(), 0
+
+    def abort(self) -> None:
+        self.aborted.set()
+        self.graphs_gone.wait(30)
+        raise RuntimeError("NCCL error: unhandled cuda error")
+
+    def _get_backend(self, device: Any) -> "Nccl":
+        return self
+
+    def destroy(self) -> None:
+        self.destroyed += 1
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nccl]:
+    found = Nccl()
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=found))
+    monkeypatch.setattr(dist, "destroy_process_group", found.destroy)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield found
+    found.graphs_gone.set()
+
+
+def test_a_rank_comes_back_from_a_step_that_another_has_left(nccl: Nccl) -> None:
+    """With what the other said, though NCCL is still busy with the abort: captured graphs go when the engine does."""
+    store = dist.HashStore()
+    group, other = Group(0, 2, store, on_gpus=True), Heartbeat(store, 1, 2)
+    other.report("The GPU is gone.")
+    begin = time.monotonic()
+    with pytest.raises(AngelForgeError, match=r"Rank 1 gave up: The GPU is gone\. The 2 ranks have ended"):
+        group.wait_for(lambda: time.monotonic() > begin + 15)
+    assert time.monotonic() - begin < 12
+    assert nccl.aborted.wait(5)
+    group.close()
+    other.stop()
+    assert nccl.destroyed == 0
+
+
+@pytest.mark.parametrize("on_gpus", [True, False])
+def test_who_gives_up_does_not_wait_for_the_others(nccl: Nccl, on_gpus: bool) -> None:
+    """NCCL would, and hide the reason; gloo's connections are closed, which is how the others notice."""
+    group = Group(0, 1, dist.HashStore(), on_gpus)
+    group.report("The weights do not fit.")
+    group.close()
+    assert nccl.destroyed == (0 if on_gpus else 1)
+
+
+def test_a_group_that_ends_well_is_destroyed(nccl: Nccl) -> None:
+    Group(0, 1, dist.HashStore(), on_gpus=True).close()
+    assert nccl.destroyed == 1
