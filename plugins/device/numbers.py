@@ -18,8 +18,11 @@ def group_scale(amax):
 
 @triton.jit
 def quantize(x, scale):
-    """e4m3 of x / scale (f32, of equal shapes): IEEE division, rounded to nearest even, saturated to ±448."""
-    return tl.clamp(tl.div_rn(x, scale), -448.0, 448.0).to(tl.float8e4nv)
+    """e4m3 of x / scale (f32, of equal shapes): IEEE division, rounded to nearest even, saturated to ±448.
+
+    NaN stays NaN: a GPU's ordinary minimum would make 448 of it, and nothing behind would show that something broke.
+    """
+    return tl.clamp(tl.div_rn(x, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit

@@ -147,6 +147,18 @@ def test_quantisation_rounds_every_midpoint_to_even() -> None:
     assert (to_numpy(levels)[0, :126].view(np.uint8) % 2 == 0).all()
 
 
+def test_what_is_no_number_stays_none() -> None:
+    """A NaN is not made the largest value, after which nothing would show that something broke."""
+    x = np.ones((2, 128), np.float32)
+    x[0, 5] = np.nan
+    levels, scales = torch.empty(2, 128, dtype=torch.float8_e4m3fn), torch.empty(2)
+    with exact_interpreter([source := to_torch(x)], [levels, scales]):
+        _quantize[(1,)](source, levels, scales, 2)
+    found = to_numpy(levels).astype(np.float32)
+    assert np.isnan(found[0, 5])
+    assert (found[1] == 448).all()
+
+
 @given(
     ids=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 12), min_size=1, max_size=6),
     vocabulary=st.integers(1, 11),
