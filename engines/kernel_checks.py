@@ -3,6 +3,7 @@
 TensorRT would ask only while it builds, inside a callback whose exceptions it does not understand.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,10 +18,12 @@ from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
+from angelforge.plugins.tensorrt.gpu import newest_ptx
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 from angelforge.plugins.tensorrt.launches import plan_launch
 from angelforge.plugins.tuning import tile_for
 
+_PTX_VERSION = re.compile(r"^\.version (\d+)\.(\d+)", re.MULTILINE)
 _FIRST_WITH_FP8 = 89  # Ada; Hopper is 90
 
 
@@ -74,13 +77,25 @@ def compile_kernels(model: ir.Model, profiles: Sequence[Profile], gpu: Gpu, repo
 
     Raises:
         AngelForgeError: naming the operator whose kernel cannot be compiled or needs more shared memory than the GPU
-            gives a block, or triton is not installed.
+            gives a block, triton is not installed, or its PTX is newer than the driver.
     """
-    calls = list(_calls(model, profiles))
+    calls, newest = list(_calls(model, profiles)), newest_ptx()
     for i, call in enumerate(calls):
         report("Compiling kernels", i / len(calls))
-        plan_launch(call.operator, call.shapes, call.types, call.attributes, call.bind().dims["T"], gpu)
+        launch = plan_launch(call.operator, call.shapes, call.types, call.attributes, call.bind().dims["T"], gpu)
+        _check_ptx(launch.compiled.ptx, newest)
     report("Compiling kernels", 1.0)
+
+
+def _check_ptx(ptx: str, newest: tuple[int, int] | None) -> None:
+    """Refuses PTX that the driver could not compile when the engine is loaded; it takes machine code of newer tools."""
+    found = _PTX_VERSION.search(ptx)
+    if newest is not None and found is not None and (int(found[1]), int(found[2])) > newest:
+        raise AngelForgeError(
+            f"The kernels are PTX {found[1]}.{found[2]}, but the NVIDIA driver compiles up to PTX {newest[0]}."
+            f"{newest[1]}: Triton's assembler is newer than the driver. Install a newer driver, or unset "
+            "TRITON_PTXAS_PATH if it names another assembler than Triton's own."
+        )
 
 
 def _calls(model: ir.Model, profiles: Sequence[Profile]) -> Iterator[_Call]:

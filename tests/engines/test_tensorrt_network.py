@@ -1,7 +1,10 @@
 """The graph as TensorRT takes it: weights are inputs, nothing is read, misfits are refused by name."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -16,11 +19,15 @@ from angelforge.engines.shapes import check_volumes, concrete_shapes
 from angelforge.engines.tensorrt_parse import parse_network
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
+from angelforge.plugins.operator import Operator
 from angelforge.plugins.registry import OPERATORS
+from angelforge.plugins.tensorrt import gpu
 from angelforge.plugins.tensorrt.adapter import register
+from angelforge.plugins.tensorrt.launches import Launch
 from angelforge.precision import Precision
 from angelforge.targets import get_target
 
+COMPILED = Launch(SimpleNamespace(ptx="// by LLVM\n.version 9.1\n.target sm_90a\n"), (1, 1, 1), ())  # type: ignore[arg-type]
 SIZES = {"T": 7, "B": 3, "B+1": 4, "P": 8, "R": 2, "pages": 20}
 
 
@@ -178,9 +185,12 @@ def test_kernels_are_compiled_before_tensorrt_asks(tmp_path: Path, monkeypatch: 
     """Every different call of every profile once, with the most tokens of the profile that the operator sees."""
     pytest.importorskip("triton")
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        kernel_checks, "plan_launch", lambda operator, *rest: asked.append((operator.name, rest[3])), raising=True
-    )
+
+    def plan(operator: Operator, *rest: Any) -> Launch:
+        asked.append((operator.name, rest[3]))
+        return COMPILED
+
+    monkeypatch.setattr(kernel_checks, "plan_launch", plan)
     prepared = prepare_build(graph_bundle(tmp_path), get_target("h20"), BuildOptions(max_tokens=512, max_batch=4))
     shares: list[float] = []
     kernel_checks.compile_kernels(
@@ -191,3 +201,39 @@ def test_kernels_are_compiled_before_tensorrt_asks(tmp_path: Path, monkeypatch: 
     assert sum(name == "MoEDown" for name, _ in asked) == 4  # all layers are alike
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize(("newest", "refused"), [((9, 0), True), ((9, 1), False), ((10, 0), False), (None, False)])
+def test_ptx_that_the_driver_cannot_compile_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest: tuple[int, int] | None, refused: bool
+) -> None:
+    """Engines hold PTX; with an assembler that is newer than the driver they would build and not load."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernel_checks, "plan_launch", lambda *arguments: COMPILED)
+    monkeypatch.setattr(kernel_checks, "newest_ptx", lambda: newest)
+    prepared = prepare_build(graph_bundle(tmp_path), get_target("h20"), BuildOptions(max_tokens=8, max_batch=2))
+    arguments = (prepared.target.model, prepared.profiles, Gpu("sm_90", 78), lambda phase, share: None)
+    if not refused:
+        kernel_checks.compile_kernels(*arguments)
+        return
+    with pytest.raises(AngelForgeError, match=r"kernels are PTX 9\.1, but the NVIDIA driver compiles up to PTX 9\.0"):
+        kernel_checks.compile_kernels(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ptx"), [(12050, (8, 5)), (12060, (8, 5)), (12090, (8, 8)), (13000, (9, 0)), (13030, (9, 3))]
+)
+def test_a_driver_compiles_the_ptx_of_its_cuda(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, ptx: tuple[int, int]
+) -> None:
+    """As NVIDIA lists them, and as Triton has them for its assembler."""
+
+    class Driver:
+        def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802 - CUDA's name
+            version._obj.value = cuda
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert gpu.newest_ptx() == ptx
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    assert compiler.ptx_get_version(f"{cuda // 1000}.{cuda % 1000 // 10}") == 10 * ptx[0] + ptx[1]
