@@ -62,7 +62,7 @@ def step(scores, value, visible, top, weight, mixed, scale: tl.constexpr, tall: 
 @triton.jit
 def finished(top, weight, mixed, tall: tl.constexpr):
     """(result, lse [rows]) of a part: 0 and −inf for rows that see none of its keys."""
-    seen = weight > 0
+    seen = weight != 0  # NaN too: a part with a broken key must break the row, not drop out of it
     result = mixed * tl.expand_dims(tl.where(seen, 1.0 / weight, 0.0), 1 if tall else 0)
     return result, tl.where(seen, (top + tl.log2(weight)) * LN_2, float("-inf"))
 

@@ -99,6 +99,18 @@ def test_page_boundaries(heads: int, kv_heads: int, head_dim: int, dtype: type, 
     _assert_close(_merged(inputs, _parts(inputs, shape, tile)), _body(inputs, shape), dtype)
 
 
+@pytest.mark.parametrize("tile", [DECODE, PROMPT])
+@pytest.mark.parametrize("sequence", [(40, 1), (10, 6), (0, 20)])
+def test_what_is_no_number_shows(sequence: tuple[int, int], tile: Tile) -> None:
+    """A NaN in a visible key is one in the rows that see it, as in the body, whether parts are joined or not."""
+    shape = Shape()
+    inputs = attention_inputs(Call((sequence,)), shape)
+    inputs.kv_cache[inputs.page_table[0, 0], 0, 0, 3, 5] = np.nan
+    expected = np.isnan(_body(inputs, shape))
+    assert expected.any()
+    np.testing.assert_array_equal(np.isnan(_merged(inputs, _parts(inputs, shape, tile))), expected)
+
+
 def test_parts_are_what_the_operator_says() -> None:
     """Rows are given out in order; a part's result and lse are those of its keys, −inf where none is visible."""
     shape = Shape(heads=4, kv_heads=2)
