@@ -90,6 +90,7 @@ def _configure(parsed: ParsedNetwork, request: EngineRequest) -> Any:
     if request.library.flavour == "tensorrt-rtx":  # builds for a named architecture; TensorRT 11 for the GPU at hand
         config.num_compute_capabilities = 1
         config.set_compute_capability(_compute_capability(request), 0)
+        config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else steps may allocate, which cannot be captured
     for profile in request.profiles:
         _add_profile(parsed, config, profile)
     return config

@@ -34,10 +34,12 @@ def run_once(
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise AngelForgeError(f"{library.title} cannot load the engine; build it again on this machine.")
-        context = engine.create_execution_context()
+        context = engine.create_execution_context(library.api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise AngelForgeError(f"{library.title} cannot make an execution context: is there enough GPU memory?")
         _require(context.set_optimization_profile_async(profile, memory.stream), f"profile {profile}")
+        activations = int(engine.device_memory_size_v2)
+        context.set_device_memory(memory.zeros(activations), activations)
         addresses = {name: memory.upload(array) for name, array in inputs.items()}
         for name, array in inputs.items():
             _require(context.set_input_shape(name, tuple(array.shape)), f"the shape {array.shape} of {name}")

@@ -33,7 +33,7 @@ DEEP = ROOT / "tools" / "deep_steps.py"  # loads plans with TensorRT itself
 # Only TensorRT for RTX builds for a named architecture, and only TensorRT 11 has ahead-of-time plugins. The code that
 # uses either asks first which library it has.
 ENUM = {"name", "value", "__members__"}  # what every enumeration has
-RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities"}
+RTX_ONLY = {"ComputeCapability", "set_compute_capability", "num_compute_capabilities", "REQUIRE_USER_ALLOCATION"}
 TENSORRT_ONLY = {"PREFER_AOT_PYTHON_PLUGINS"}
 
 

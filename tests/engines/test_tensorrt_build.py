@@ -77,8 +77,10 @@ def test_one_launch_for_every_operator(bundle: Bundle, built: EngineManifest) ->
         assert others["kgen"] <= 1  # the rows that want logits
 
 
-def test_no_tf32(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """TF32, on by default in TensorRT, is off: it would change routing."""
+def test_flags_of_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TF32, on by default in TensorRT, is off: it would change routing. TensorRT for RTX allocates nothing in a step,
+    which is what it asks of engines whose steps are captured.
+    """
     from angelforge.engines import tensorrt_builder
 
     seen = []
@@ -86,12 +88,13 @@ def test_no_tf32(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     def spy(parsed: object, request: object) -> object:
         config = original(parsed, request)  # type: ignore[arg-type]
-        seen.append(config.get_flag(rtx().api.BuilderFlag.TF32))
+        flags = rtx().api.BuilderFlag
+        seen.append((config.get_flag(flags.TF32), config.get_flag(flags.REQUIRE_USER_ALLOCATION)))
         return config
 
     monkeypatch.setattr(tensorrt_builder, "_configure", spy)
     preflight(bundle, RTX4090, SMALL, quiet)
-    assert seen == [False]
+    assert seen == [(False, True)]
 
 
 def test_progress_rises_to_the_end(bundle: Bundle) -> None:
