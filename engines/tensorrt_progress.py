@@ -60,9 +60,13 @@ class _Monitor:
             self.phases.pop(phase_name, None)
 
     def _tell(self, name: str) -> None:
-        """The share of a phase is its steps done and of the step at work the share of its child."""
-        phase, share = self.phases.get(name), 0.0
-        while phase is not None:
+        """The share of a phase is its steps done and of the step at work the share of its child.
+
+        Phases are known by name only, so that one within another of the same name would be its own parent.
+        """
+        phase, share, seen = self.phases.get(name), 0.0, set[str]()
+        while phase is not None and phase.name not in seen:
+            seen.add(phase.name)
             share = min((phase.done + share) / max(phase.steps, 1), 1.0)
             if phase.name == MAIN_PHASE:
                 self.reached = max(self.reached, share)

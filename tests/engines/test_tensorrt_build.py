@@ -11,6 +11,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.tensorrt import graph_bundle, quiet, rtx
 
 from angelforge.atomic import lock
@@ -21,6 +23,7 @@ from angelforge.engines.limits import BuildOptions
 from angelforge.engines.manifest import EngineManifest, file_digest
 from angelforge.engines.preflight import nearest_architecture, preflight
 from angelforge.engines.tensorrt_layers import read_layers
+from angelforge.engines.tensorrt_progress import make_monitor
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.precision import Precision
@@ -283,3 +286,15 @@ def test_threads_see_one_build_each() -> None:
     """No test above left a thread of TensorRT's at work."""
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensorrt-build")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=6))
+def test_progress_ends_whatever_phases_are_called(phases: list[tuple[str, str | None]]) -> None:
+    """TensorRT names a phase and the one around it; two of one name may be each other's parents, or their own."""
+    shares: list[float] = []
+    monitor = make_monitor(rtx(), lambda phase, share: shares.append(share), threading.Event())
+    for name, parent in phases:
+        monitor.phase_start(name, parent, 3)
+    for name, _ in phases:
+        assert monitor.step_complete(name, 0)
+    assert len(shares) == len(phases)
