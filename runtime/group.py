@@ -38,7 +38,7 @@ class Group:
         self.rank, self.ranks = rank, ranks
         self.failure: str | None = None  # why the group has ended
         self._heartbeat = Heartbeat(store, rank, ranks)
-        self._open, self._on_gpus = True, on_gpus
+        self._open, self._on_gpus, self._aborted = True, on_gpus, False
         self._restored: signal.Handlers | None = None  # what SIGTERM did before
 
     @classmethod
@@ -183,8 +183,12 @@ class Group:
         return AngelForgeError(self.failure)
 
     def leave(self) -> None:
-        """Tells the others that this rank ends because the group has."""
+        """Tells the others that this rank ends because the group has; what waits for them on the GPU ends, too.
+
+        An engine can be closed then: it waits for what it has begun.
+        """
         self._heartbeat.leave()
+        self._abort()
 
     def end_at_sigterm(self) -> None:
         """Lets this process hear SIGTERM, as torchrun sends it when a rank has died, as an error that names the rank.
@@ -224,7 +228,8 @@ class Group:
         import torch
         import torch.distributed as dist
 
-        if self._on_gpus:
+        if self._on_gpus and not self._aborted:
+            self._aborted = True
             backend = dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device()))
             threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True).start()
 

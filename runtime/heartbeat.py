@@ -43,7 +43,7 @@ class Heartbeat:
                 return told
             after = self.signs()
             silent = [rank for rank in self._others if before[rank] == after[rank]]
-            dead = [rank for rank in silent if not self._store.check([f"left/{rank}"])]
+            dead = self.without_those_that_left(silent)
             return self.describe(dead) if dead else None
         return STORE_GONE
 
@@ -56,6 +56,10 @@ class Heartbeat:
         """Says that this rank ends because the group has: nobody need take it for the cause."""
         with suppress(RuntimeError):
             self._store.set(f"left/{self._rank}", "1")
+
+    def without_those_that_left(self, ranks: list[int]) -> list[int]:
+        """Ranks that have not said that they end; raises RuntimeError where the store is gone."""
+        return [rank for rank in ranks if not self._store.check([f"left/{rank}"])]
 
     def signs(self) -> dict[int, bytes]:
         """The latest sign of every other rank; raises RuntimeError where the store is gone."""
@@ -114,8 +118,10 @@ class Watch:
             hanging = [rank for rank, looks in self._silent.items() if looks >= self._patience]
             if not hanging:
                 return None
-            for rank in hanging:
+            if not (lost := self._heartbeat.without_those_that_left(hanging)):
+                return f"Rank {hanging[0]} has ended."
+            for rank in lost:
                 self._heartbeat.kill_silent(rank)
-            return self._heartbeat.describe(hanging, "given no sign of life")
+            return self._heartbeat.describe(lost, "given no sign of life")
         except RuntimeError:
             return STORE_GONE

@@ -20,9 +20,10 @@ class Nccl:
     """A process group whose abort, as NCCL's, returns only when no captured graph is left."""
 
     def __init__(self) -> None:
-        self.aborted, self.graphs_gone, self.destroyed = threading.Event(), threading.Event(), 0
+        self.aborted, self.graphs_gone, self.aborts, self.destroyed = threading.Event(), threading.Event(), 0, 0
 
     def abort(self) -> None:
+        self.aborts += 1
         self.aborted.set()
         self.graphs_gone.wait(30)
         raise RuntimeError("NCCL error: unhandled cuda error")
@@ -54,9 +55,21 @@ def test_a_rank_comes_back_from_a_step_that_another_has_left(nccl: Nccl) -> None
         group.wait_for(lambda: time.monotonic() > begin + 15)
     assert time.monotonic() - begin < 12
     assert nccl.aborted.wait(5)
+    group.leave()
+    assert nccl.aborts == 1
     group.close()
     other.stop()
     assert nccl.destroyed == 0
+
+
+def test_an_engine_can_be_closed_when_the_group_has_ended(nccl: Nccl) -> None:
+    """Whoever noticed first: torchrun ends rank 0 as soon as another dies, in the middle of a step's sums."""
+    group = Group(0, 1, dist.HashStore(), on_gpus=True)
+    group.end("The process was asked to end (SIGTERM).")
+    assert not nccl.aborted.is_set()
+    group.leave()
+    assert nccl.aborted.wait(5)
+    group.close()
 
 
 @pytest.mark.parametrize("on_gpus", [True, False])

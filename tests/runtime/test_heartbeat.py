@@ -39,6 +39,17 @@ def test_the_silent_one_is_named() -> None:
     first.stop()
 
 
+def test_who_left_is_not_killed() -> None:
+    """Nor shown as the cause to whoever still waits for it."""
+    first, second = ranks(2)
+    second.leave()
+    second.stop()
+    first.kill_silent = lambda rank: pytest.fail("killed")  # type: ignore[method-assign]
+    watch = first.watch(patience=1)
+    assert [watch.lost(), watch.lost()] == [None, "Rank 1 has ended."]
+    first.stop()
+
+
 def test_who_gives_up_says_why() -> None:
     """At once, whatever the signs, to whoever waits for it, too."""
     first, second = ranks(2)
