@@ -23,6 +23,7 @@ from angelforge.plugins.operator import DOMAIN
 from angelforge.plugins.registry import OPERATORS
 from angelforge.plugins.tensorrt.adapter import register
 from angelforge.plugins.tensorrt.aot import register_ahead_of_time
+from angelforge.plugins.tensorrt.fetched import kernels_of
 from angelforge.plugins.tensorrt.library import Library
 
 _POLL = 0.1  # seconds between looks at Ctrl-C
@@ -45,10 +46,11 @@ def build_engine(model: ir.Model, request: EngineRequest, log_file: Path, report
     """The engine of `model`, a graph as `prepare_network` leaves it. All that TensorRT says goes to `log_file`.
 
     Raises:
-        AngelForgeError: TensorRT refuses the graph or gives the build up.
+        AngelForgeError: TensorRT refuses the graph, gives the build up, or mixes up the kernels of profiles.
         KeyboardInterrupt: Ctrl-C; TensorRT has ended its work by then.
     """
     flags = _register_plugins(model, request)
+    kernels_of(request.library).forget()
     if request.ahead_of_time is not None:
         compile_kernels(model, request.profiles, request.ahead_of_time, part(report, 0.0, _COMPILING))
         report = part(report, _COMPILING, 1 - _COMPILING)
@@ -64,6 +66,7 @@ def build_engine(model: ir.Model, request: EngineRequest, log_file: Path, report
             raise AngelForgeError(
                 explain_build_errors(request.library.title, log.errors, describe_nodes(model), log_file)
             )
+        kernels_of(request.library).require_fetched()
         return bytes(engine)
 
 

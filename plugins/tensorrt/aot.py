@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.operator import DOMAIN, Operator
+from angelforge.plugins.tensorrt.fetched import Kernels, kernels_of
 from angelforge.plugins.tensorrt.launches import plan_launch
 from angelforge.plugins.tensorrt.library import Library
 from angelforge.plugins.tensorrt.ptx import plugin_ptx
@@ -73,7 +74,7 @@ class _Unhashed:
 def _register(library: Library, name: str, gpu: Gpu, held: _Unhashed) -> None:
     plugin, operator, plugin_id = _plugin_module(library), held.operator, f"{DOMAIN}::{name}"
     plugin.register(plugin_id)(describe(library.api, plugin, operator))
-    plugin.aot_impl(plugin_id)(implement(library.api, plugin, operator, gpu))
+    plugin.aot_impl(plugin_id)(implement(library.api, plugin, operator, gpu, kernels_of(library)))
 
 
 def describe(api: Any, plugin: Any, operator: Operator) -> Callable[..., Any]:
@@ -100,18 +101,19 @@ def describe(api: Any, plugin: Any, operator: Operator) -> Callable[..., Any]:
     return description
 
 
-def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu) -> Callable[..., Any]:
+def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu, kernels: Kernels) -> Callable[..., Any]:
     """The implementation function: entry name, PTX, launch sizes and integer arguments for one profile."""
     count = len(operator.inputs)
 
-    def implementation(*arguments: Any) -> tuple[str, bytes, Any, Any]:
+    def implementation(*arguments: Any) -> tuple[str, str, Any, Any]:
         inputs, outputs = arguments[:count], arguments[-2]
+        tokens = _most_tokens(operator, inputs)
         launch = plan_launch(
             operator,
             [_sizes(desc) for desc in inputs],
             [from_tensorrt(api, desc.dtype) for desc in inputs],
             _attributes_of(operator, outputs),
-            _most_tokens(operator, inputs),
+            tokens,
             gpu,
         )
         sizes = plugin.KernelLaunchParams()
@@ -122,7 +124,8 @@ def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu) -> Callable[.
         for i, extra in enumerate(launch.extras):
             extras[i] = plugin.SymInt32(plain(extra))
         parameters = count + len(launch.extras) + len(operator.outputs)
-        return launch.compiled.entry, _kept_ptx(launch.compiled, parameters), sizes, extras
+        ptx = kernels.tell(_kept_ptx(launch.compiled, parameters), f"{operator.name} for up to {tokens} tokens")
+        return launch.compiled.entry, ptx, sizes, extras
 
     last = [_parameter("outputs", tuple[plugin.TensorDesc]), _parameter("tactic", int)]
     result = tuple[str | bytes, str | bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
@@ -132,9 +135,7 @@ def implement(api: Any, plugin: Any, operator: Operator, gpu: Gpu) -> Callable[.
 
 @cache
 def _kept_ptx(compiled: Compiled, parameters: int) -> bytes:
-    """`plugin_ptx`, as bytes that stay where they are: TensorRT is given their address, and the bindings hold only what
-    a plugin returned last, which is another kernel in each profile.
-    """
+    """`plugin_ptx`, as bytes that stay where they are."""
     return plugin_ptx(compiled, parameters).encode()
 
 

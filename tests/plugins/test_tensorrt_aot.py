@@ -14,9 +14,11 @@ import onnx_ir as ir
 import pytest
 from support.empty_tensorrt import empty_tensorrt
 
+from angelforge.errors import AngelForgeError
 from angelforge.plugins.binding import bind
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.registry import OPERATORS
+from angelforge.plugins.tensorrt.fetched import Kernels
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 
 pytest.importorskip("triton")
@@ -37,14 +39,21 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=[("fp8", *PROFILES), ("bf16", *PROFILES)], ids=lambda params: params[0])
-def driven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What NVIDIA's classes were told of every operator of a precision, in every profile."""
     command = [sys.executable, "-m", "support.nvidia_plugins", *map(str, request.param)]
     folder = tmp_path_factory.mktemp("tensorrt")
     result = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def driven(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each operator and profile."""
+    rows: list[dict[str, Any]] = report["rows"]
+    return rows
 
 
 def test_every_operator_is_driven(driven: list[dict[str, Any]]) -> None:
@@ -119,6 +128,27 @@ def test_parameters_are_inputs_extras_outputs(driven: list[dict[str, Any]]) -> N
 def test_the_bytes_that_tensorrt_points_to_are_kept(driven: list[dict[str, Any]]) -> None:
     """TensorRT gets the address of Python's bytes, and the bindings hold only those of a plugin's last profile."""
     assert all(row["kept"] for row in driven)
+
+
+def test_a_kernel_that_tensorrt_does_not_fetch_is_seen(report: dict[str, Any]) -> None:
+    """It knows the launches of all profiles; if it fetches the code of the last one only, the build must not pass."""
+    assert report["unfetched"] == []
+    missing = {text.partition(" ")[0] for text in report["unfetched of one profile for all"]}
+    assert len(missing) > 5
+    assert "PagedAttention for up to 8 tokens" in report["unfetched of one profile for all"]
+
+
+def test_such_a_build_is_refused() -> None:
+    kernels = Kernels()
+    code = [kernels.tell(text, f"Linear for up to {tokens} tokens") for text, tokens in ((b"a", 8), (b"b", 64))]
+    assert code[1].encode() == b"b"
+    with pytest.raises(AngelForgeError, match=r"no code for 1 kernels, first that of Linear for up to 8 tokens"):
+        kernels.require_fetched()
+    assert code[0].encode() == b"a"
+    kernels.require_fetched()
+    kernels.tell(b"c", "another")
+    kernels.forget()
+    kernels.require_fetched()
 
 
 def test_no_result_depends_on_the_order_of_threads(driven: list[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Drives NVIDIA's own plugin classes of the real TensorRT 11 bindings on a machine without TensorRT and GPU.
 
 Run as a program: `python -m support.nvidia_plugins PRECISION TOKENS…`, with LD_LIBRARY_PATH naming the folder of the
-empty libraries that `support/empty_tensorrt.py` makes. Prints JSON: for each operator what TensorRT would get.
+empty libraries that `support/empty_tensorrt.py` makes. Prints JSON: for each operator what TensorRT would get, and
+which kernels it is seen not to fetch: where it fetches all, and where only those of the last profile.
 
 The compiled half of the bindings gives sizes only TensorRT can make; here they are replaced by plain Python ones that
 evaluate, before `tensorrt.plugin` is imported.
@@ -125,8 +126,8 @@ class Node:
     attributes: dict[str, Any]
 
 
-def drive(node: Node, most_tokens: int) -> Any:
-    """One node through NVIDIA's classes in a profile: what TensorRT would learn of it."""
+def drive(node: Node, most_tokens: int, fetch: bool = True) -> Any:
+    """One node through NVIDIA's classes in a profile: what TensorRT would learn of it, up to its launch or its code."""
     operator, types = node.operator, node.types
     creator = REGISTRY.get_creator(operator.name, "1", "angelforge")
     plugin = creator.create_plugin(
@@ -157,6 +158,8 @@ def drive(node: Node, most_tokens: int) -> Any:
     plugin.set_tactic(0)
     launch, extras = Plain(), _Extras()
     plugin.get_launch_params([], [*inputs, *results], len(inputs), launch, extras, builder)
+    if not fetch:
+        return None
     name, ptx = plugin.get_kernel([d.desc for d in inputs], [d.desc for d in results])
     _, again = plugin.get_kernel([d.desc for d in inputs], [d.desc for d in results])
     steps = [1, min(7, most_tokens), most_tokens]
@@ -256,12 +259,19 @@ def main(precision: str, most_tokens: list[int]) -> None:
     assert load_plugin_module().aot_impl
     from angelforge.plugins.kernel import Gpu
     from angelforge.plugins.tensorrt.aot import register_ahead_of_time
+    from angelforge.plugins.tensorrt.fetched import kernels_of
     from angelforge.plugins.tensorrt.library import Library
 
     nodes = nodes_of(precision)
     library = Library("tensorrt", trt, trt.__version__)
     register_ahead_of_time(library, [node.operator for node in nodes], Gpu("sm_90", 78))
-    print(json.dumps([drive(node, tokens) for tokens in most_tokens for node in nodes]))
+    rows, kernels = [drive(node, tokens) for tokens in most_tokens for node in nodes], kernels_of(library)
+    found = {"rows": rows, "unfetched": kernels.missing()}
+    kernels.forget()
+    for tokens in most_tokens:
+        for node in nodes:
+            drive(node, tokens, fetch=tokens == most_tokens[-1])
+    print(json.dumps(found | {"unfetched of one profile for all": kernels.missing()}))
 
 
 if __name__ == "__main__":
