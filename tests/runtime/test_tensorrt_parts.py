@@ -144,6 +144,24 @@ def test_prompts_are_padded_to_few_sizes() -> None:
         buckets.choose(step(8193, 1, 1))
 
 
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 3), st.data())
+def test_every_step_that_the_engine_takes_has_a_size(most: int, batch: int, depth: int, data: st.DataObject) -> None:
+    """Whatever it was built for, and however few sequences are to run at once; the size is one of its profile."""
+    batch = min(batch, most // (1 + depth)) or 1
+    limits = StepLimits(max(most, 1 + depth), batch, 512, PAGE, 20, depth)
+    profiles = make_profiles(limits)
+    buckets = Buckets(profiles, data.draw(st.integers(1, batch)), data.draw(st.sampled_from([0, depth])))
+    sequences = data.draw(st.integers(1, batch))
+    tokens = data.draw(st.integers(sequences, limits.max_tokens))
+    rows = data.draw(st.integers(0, min(tokens, limits.verified_tokens)))
+    chosen, _ = buckets.choose(step(tokens, sequences, rows))
+    size, profile = chosen.size, profiles[chosen.profile]
+    assert sequences <= size.sequences <= profile.batch.most
+    assert max(rows, 1) <= size.rows <= profile.logit_rows.most
+    assert tokens <= size.tokens <= profile.tokens.most
+    assert size.pages <= profile.pages_per_sequence.most
+
+
 def tensors() -> list[Tensor]:
     """Those of a two-layer engine, shuffled."""
     pool = (-1, 2, 4, 64, 128)
