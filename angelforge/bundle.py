@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from angelforge.diskerrors import explained
+from angelforge.diskerrors import explained, require_utf8
 from angelforge.errors import AngelForgeError
 from angelforge.manifest import FILE, FORMAT, WEIGHTS, FileRecord, Manifest
 from angelforge.parallel import run_all
@@ -41,6 +41,7 @@ class Bundle:
         every byte. Raises AngelForgeError: no bundle, a bad manifest, a file that is missing or differs.
         """
         folder = Path(path)
+        require_utf8(folder)
         manifest = Manifest.read(folder)
         problems = [text for name, record in manifest.files.items() if (text := _difference(folder, name, record))]
         _refuse(folder, problems)

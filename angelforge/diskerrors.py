@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from angelforge.errors import AngelForgeError
+from angelforge.errors import AngelForgeError, UsageError
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder, then run this again",
@@ -39,3 +39,11 @@ def explained(action: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(action, path, error) from error
+
+
+def require_utf8(folder: Path) -> None:
+    """Raises UsageError for a folder whose path is not valid UTF-8: the libraries that read models take no other."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"The path {str(folder)!r} is not valid UTF-8, so no engine can read it. Rename it.") from None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from angelforge.diskerrors import explained
+from angelforge.diskerrors import explained, require_utf8
 from angelforge.errors import AngelForgeError, UsageError
 from angelforge.manifest import FILE, Manifest
 
@@ -14,6 +14,7 @@ _MARKS = (FILE, LOCK, "weights")  # what a finished or interrupted export leaves
 
 def check_destination(folder: Path, graph_only: bool) -> None:
     """Raises UsageError for a folder that holds something else, or weights that an export of the graph would disown."""
+    require_utf8(folder)
     with explained("read", folder):
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "config.json" in names:

@@ -8,6 +8,7 @@ import click
 
 import angelforge
 from angelforge.tools.failures import ErrorStyle, failures_as_messages
+from angelforge.tools.streams import prepare_streams
 
 # Command: its line in `angelforge --help`. Kept here so that the list needs no import of what the commands import.
 SUMMARIES = {
@@ -45,6 +46,11 @@ class LazyGroup(click.Group):
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Answer one command line."""
+        prepare_streams()
+        return super().main(*args, **extra)
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any

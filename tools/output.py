@@ -13,8 +13,8 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress where standard error is no terminal
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as indented JSON on standard output; in ASCII where that cannot have every character."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf")))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

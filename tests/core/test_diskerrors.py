@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from angelforge.diskerrors import disk_error, explained
-from angelforge.errors import AngelForgeError
+from angelforge.diskerrors import disk_error, explained, require_utf8
+from angelforge.errors import AngelForgeError, UsageError
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission denied")])
@@ -26,3 +26,10 @@ def test_only_errors_of_the_system_are_translated(tmp_path):
         os.listdir(tmp_path / "absent")
     with pytest.raises(KeyError), explained("list", tmp_path):
         raise KeyError("x")
+
+
+def test_a_path_that_is_not_utf8_is_wrong_use() -> None:
+    """Tokenizers and ONNX Runtime take no such path; it is told before hours of packing, with the bytes escaped."""
+    require_utf8(Path("模型 x"))
+    with pytest.raises(UsageError, match=r"'b\\udcff' is not valid UTF-8"):
+        require_utf8(Path(os.fsdecode(b"b\xff")))
