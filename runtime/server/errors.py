@@ -93,6 +93,10 @@ def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str |
         return f"Unrecognized request argument supplied: {param}.", param
     if told[0]["type"] == "json_invalid":
         return "The body is not valid JSON.", None
+    if told[0]["type"] == "none_required":  # a field of OpenAI's that is known, and empty or nothing here
+        return f"{param} is not supported here; leave it out.", param
+    if not place and isinstance(body, bytes):  # what other types of content are handed on as
+        return "The body is taken as JSON with the header `Content-Type: application/json` only.", None
     texts = dict.fromkeys(str(each["msg"]).removeprefix("Value error, ").rstrip(".") for each in told)
     text = " or ".join(texts).replace(" or Input should be ", " or ")
     return (f"{param}: {text}." if param else f"The body: {text}."), param

@@ -108,6 +108,8 @@ def test_malformed_bodies_get_400(server: Running, content: bytes) -> None:
         (COMPLETIONS, {"stream": 1}, "stream: Input should be a valid boolean.", "stream"),
         (CHATS, {"tool_choice": {"type": "function"}}, "tool_choice.function: Field required.", "tool_choice.function"),
         (CHATS, {"tool_choice": 5}, None, "tool_choice"),
+        (CHATS, {"reasoning_effort": "low"}, "reasoning_effort is not supported here; leave it out.", None),
+        (COMPLETIONS, {"suffix": "a"}, "suffix is not supported here; leave it out.", "suffix"),
         (CHATS, {"messages": [{"role": "user", "content": 5}]}, None, "messages.0.content"),
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, None, "messages.0.content.0.text"),
         (CHATS, {"messages": MESSAGES, "stream_options": {"usage": True}}, None, "stream_options.usage"),
@@ -124,6 +126,14 @@ def test_messages_name_fields_as_the_sender_does(
     assert param is None or error["param"] == param
     for word in ("list[", "str]", "Part", "Named", "literal[", "function-", "body."):
         assert word not in error["message"]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_without_its_type_is_told_which(server: Running, kind: str | None) -> None:
+    """As `curl -d` sends it unless told otherwise."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = server.http.post(COMPLETIONS, content=json.dumps({"model": "toy", "prompt": "a"}), headers=headers)
+    assert "`Content-Type: application/json`" in check_error(answer, 400)["message"]
 
 
 @pytest.mark.parametrize(
