@@ -16,6 +16,7 @@ from angelforge.tools.kernel_bench.failures import LAUNCH_ERRORS, answers, reaso
 from angelforge.tools.kernel_bench.statistics import Timing
 from angelforge.tools.kernel_bench.timing import time_calls
 from angelforge.tools.sampling_bench import KINDS, check, work_of_a_step
+from angelforge.tools.sampling_round import check_round
 
 GOAL_ROWS, GOAL = 32, 50.0  # µs at so many rows
 ROWS = (1, GOAL_ROWS, 160)  # the last: 32 requests with four proposals each
@@ -77,6 +78,14 @@ def measure_all(
     What fails is told among the problems, and the rest goes on as long as the GPU answers.
     """
     report, work, by_torch = Report(gpu, vocab), KernelWork(), TorchWork()
+    say("A step that asks for everything")
+    try:
+        report = replace(report, problems=tuple(check_round(work, vocab, device, seed)))
+    except LAUNCH_ERRORS as error:
+        report = replace(report, problems=(f"a step that asks for everything: {reason(error)}",))
+        if not answers(device.type):
+            save(report)
+            return report
     for rules, rows in product(KINDS, ROWS):
         say(f"{rules}, {rows} rows")
         try:

@@ -108,13 +108,17 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sampling_report, "KernelWork", Failing)
     monkeypatch.setattr(sampling_report, "answers", lambda device: alive)
     monkeypatch.setattr(sampling_report, "ROWS", (1,))
+    monkeypatch.setattr(sampling_report, "check_round", lambda work, vocab, device, seed: ["a mask: wrong"])
     said: list[str] = []
     with np.errstate(all="ignore"):
         report = measure_all("a GPU", CPU, 40, 1, said.append, lambda known: None)
     assert [each.rules for each in report.figures] == ["greedy"]
     assert "| greedy | 1 | 10.0 | 10% | not run | yes |" in report.markdown()
     failed = [kind for kind in KINDS if kind != "greedy"][: None if alive else 1]
-    assert list(report.problems) == [f"{kind}, 1 rows: RuntimeError: an illegal instruction" for kind in failed]
+    assert list(report.problems) == [
+        "a mask: wrong",
+        *(f"{kind}, 1 rows: RuntimeError: an illegal instruction" for kind in failed),
+    ]
     assert "As torch operations: It cannot be captured" in said
 
 
