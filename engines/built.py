@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from angelforge.bundle import Bundle
+from angelforge.engines.footprint import kv_bytes_per_token
 from angelforge.engines.manifest import MANIFESTS, EngineManifest, engine_folder, graph_facts
 from angelforge.errors import AngelForgeError
 from angelforge.targets import Target
 
+_NOTICED = 256 << 20  # bytes: copies of less take no time to speak of
 _SIZES = ("max_tokens", "max_batch", "draft_depth", "tensor_parallel")
 
 
@@ -30,3 +32,19 @@ def built_activations(bundle: Bundle, target: Target, options: Mapping[str, Any]
             return None
         total += max(manifest.activation_bytes)
     return total or None
+
+
+def copied_pool(bundle: Bundle, manifest: EngineManifest) -> tuple[int, int] | None:
+    """(activations of the smallest profile, one layer's pool), in bytes, where the first have room for the second.
+
+    TensorRT may copy the memory that a plugin writes in place (its documentation of `get_aliased_input` says so); what
+    that takes in each step is more than a step. A few tokens by themselves need a sixteenth of a large pool. None where
+    it does not, did not tell, or where it would not matter.
+    """
+    if not manifest.activation_bytes or not manifest.profiles:
+        return None
+    model, kind = bundle.manifest.model, bundle.manifest.precision.activation
+    page = kv_bytes_per_token(model, kind) * bundle.manifest.page_size // model.num_hidden_layers
+    layer = manifest.profiles[0]["pages"]["most"] * page // manifest.tensor_parallel
+    smallest = manifest.activation_bytes[0]
+    return (smallest, layer) if smallest >= layer >= _NOTICED else None

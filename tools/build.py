@@ -92,10 +92,18 @@ def _announce(bundle: Bundle, target: Target, options: BuildOptions) -> None:
 
 def _build(bundle: Bundle, target: Target, options: BuildOptions, as_json: bool) -> None:
     from angelforge.engines.build import build_tensorrt
+    from angelforge.engines.built import copied_pool
 
     with total_progress(f"building for {target.name}", "%") as progress:
         manifest = build_tensorrt(bundle, target, options, lambda phase, share: progress(round(100 * share), 100))
     _tell(bundle, manifest, as_json)
+    if found := copied_pool(bundle, manifest):
+        click.echo(
+            f"warning: TensorRT reserves {format_bytes(found[0])} for the activations of a few tokens, as if it copied "
+            f"the KV cache, of which a layer has {format_bytes(found[1])}: steps would be slow. Try --plugins python, "
+            "and please report this with the build log.",
+            err=True,
+        )
 
 
 def _preflight(bundle: Bundle, target: Target, options: BuildOptions, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """`angelforge build` for TensorRT targets: text, JSON, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 from support.tensorrt import graph_bundle, rtx
 
+from angelforge.bundle import Bundle
+from angelforge.engines import build as building
+from angelforge.engines.manifest import EngineManifest, engine_folder
 from angelforge.tools.cli import main
 
 
@@ -26,6 +30,19 @@ def test_an_engine_is_told_with_its_profiles(bundle: Path) -> None:
     assert "built for rtx4090 in" in result.stdout
     assert "decode-8: up to 8 tokens of 2 sequences, tuned for 1" in result.stdout
     assert "prefill: up to 16 tokens of 2 sequences, tuned for 16" in result.stdout
+
+
+def test_a_copied_pool_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens that need the memory of a whole layer's pool; as it is built, the pool is written in place."""
+    rtx()
+    arguments = (bundle, "--target", "rtx4090", "--max-tokens", 16, "--max-batch", 2)
+    assert "warning" not in build(*arguments).stderr
+    manifest = EngineManifest.load(engine_folder(Bundle.open(bundle), "rtx4090"))
+    pages = {**manifest.profiles[0], "pages": {"least": 2, "tuned": 200_000, "most": 200_000}}
+    for activations, told in ((10**9, False), (10**11, True)):
+        found = dataclasses.replace(manifest, profiles=[pages], activation_bytes=[activations])
+        monkeypatch.setattr(building, "build_tensorrt", lambda *arguments, found=found: found)
+        assert ("as if it copied the KV cache" in build(*arguments).stderr) is told
 
 
 def test_json_names_the_engine(bundle: Path) -> None:
