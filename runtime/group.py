@@ -160,7 +160,11 @@ class Group:
                 if done():
                     return
             except RuntimeError as error:  # what torch raises for the device's errors, NCCL's among them
-                raise self.end(f"The device failed in a step: {_first_line(error)}.") from error
+                cause = f"The device failed in a step: {_first_line(error)}."
+                ended = self.end(cause)
+                if self.failure == self._ended(cause):  # nobody else's fault
+                    self.report(cause)
+                raise ended from error
             time.sleep(_POLL)
             if time.monotonic() - looked < _SLICE.total_seconds():
                 continue

@@ -62,6 +62,22 @@ def test_a_rank_comes_back_from_a_step_that_another_has_left(nccl: Nccl) -> None
     assert nccl.destroyed == 0
 
 
+def test_a_device_that_fails_is_told_to_all(nccl: Nccl) -> None:
+    """Whichever rank's it is: the others would only see that it has gone."""
+    store = dist.HashStore()
+    group, other = Group(0, 2, store, on_gpus=True), Heartbeat(store, 1, 2)
+
+    def done() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    told = "The device failed in a step: CUDA error: an illegal memory access was encountered."
+    with pytest.raises(AngelForgeError, match=told):
+        group.wait_for(done)
+    assert other.watch().lost() == f"Rank 0 gave up: {told}"
+    group.close()
+    other.stop()
+
+
 def test_an_engine_can_be_closed_when_the_group_has_ended(nccl: Nccl) -> None:
     """Whoever noticed first: torchrun ends rank 0 as soon as another dies, in the middle of a step's sums."""
     group = Group(0, 1, dist.HashStore(), on_gpus=True)
