@@ -38,8 +38,8 @@ def copied_pool(bundle: Bundle, manifest: EngineManifest) -> tuple[int, int] | N
     """(activations of the smallest profile, one layer's pool), in bytes, where the first have room for the second.
 
     TensorRT may copy the memory that a plugin writes in place (its documentation of `get_aliased_input` says so); what
-    that takes in each step is more than a step. A few tokens by themselves need a quarter of that (103B model, seen in RTX). None where
-    it does not, did not tell, or where it would not matter.
+    that takes in each step is more than a step. A few tokens by themselves need a quarter of it (the 103B model in
+    TensorRT for RTX). None where it does not, did not tell, or where it would not matter.
     """
     if not manifest.activation_bytes or not manifest.profiles:
         return None
