@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from time import sleep
 from types import FrameType
 from typing import IO, Any
@@ -30,6 +30,7 @@ FIXES = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
 }
 
+_IMPORT_LASTS = 0.1  # s until an interrupt is looked at again that came while torch was imported
 _FIRST_SPEAKS = 3.0  # s that other processes of torchrun wait for the first one to tell an error of all
 
 
@@ -113,15 +114,25 @@ def import_error_message(error: ImportError) -> str | None:
     return None
 
 
+def _is_being_imported(name: str) -> bool:
+    """Whether Python is at work on the import of package `name`."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
 @contextmanager
 def _noticing(interrupts: list[int]) -> Iterator[None]:
-    """Notes every Ctrl-C in `interrupts`; otherwise Python's own handler does what it does."""
+    """Notes every Ctrl-C in `interrupts`; otherwise Python's own handler does what it does, once torch is loaded."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
         yield
         return
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
+        if _is_being_imported("torch"):  # its C++ parts end the process at once when Python raises among them
+            again = Timer(_IMPORT_LASTS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, note)

@@ -213,3 +213,14 @@ def test_of_torchruns_processes_the_first_one_speaks(failing: Run, monkeypatch: 
         assert ("Too many ranks." in result.stderr) is told
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert "Too many ranks." in failing(UsageError("Too many ranks.")).stderr
+
+
+def test_an_interrupt_waits_until_torch_is_imported(tmp_path: Path) -> None:
+    """torch's C++ parts end the process (SIGSEGV, SIGABRT) where Python raises KeyboardInterrupt among them."""
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nfor _ in range(9): pass\nprint('loaded')\n")
+    code = "import time; from angelforge.tools.failures import *\n"
+    code += "with failures_as_messages(ErrorStyle()):\n  import torch\n  time.sleep(30)"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
+    assert result.stdout == "loaded\n"
+    assert result.stderr.endswith("Interrupted: interrupted\n")
