@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-_SHORT = (
-    32  # characters: texts up to here are looked up among all begins; those of long stop strings would fill the memory
-)
+#: Characters up to which a text is looked up among all begins of stop strings; longer begins would fill the memory.
+_SHORT = 32
 
 
 class StopFilter:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from angelforge.errors import AngelForgeError, UsageError
 
-#: Left free: execution contexts, captured graphs, kernels that are loaded when first used, what sampling works with
-#: (six times the logits of the largest verification, some 500 MB).
+#: Left free: captured graphs, what sampling works with (some 20 MB), and the kernels of up to 30 execution contexts, of
+#: some 35 MB each if none are shared.
 RESERVE = 1_500_000_000
 
 
