@@ -6,6 +6,7 @@ from shutil import copyfile
 import tokenizers
 
 from angelforge.atomic import atomic_file
+from angelforge.config_json import read_json_object
 from angelforge.diskerrors import explained
 from angelforge.errors import AngelForgeError
 
@@ -18,14 +19,18 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+SETTINGS = ("tokenizer_config.json", "chat_template.json")  # what the runtime reads beside it
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Loads `tokenizer.json`, where there is one: a bundle that cannot read text would show it hours later.
+    """Reads what there is of tokenizer and its settings: a bundle that cannot read text would show it hours later.
 
     Raises:
-        AngelForgeError: it cannot be read as a tokenizer.
+        AngelForgeError: `tokenizer.json` cannot be read as a tokenizer, or another file is no JSON object.
     """
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
     file = folder / TOKENIZER
     if not file.is_file():
         return

@@ -67,6 +67,9 @@ def test_a_broken_tokenizer_is_refused_before_packing(tmp_path: Path) -> None:
     (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(AngelForgeError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         export(str(checkpoint), tmp_path / "bundle", ExportOptions())
+    (checkpoint / "tokenizer_config.json").write_text('{"chat_template": ')
+    with pytest.raises(AngelForgeError, match=r"tokenizer_config\.json is not valid JSON"):
+        export(str(checkpoint), tmp_path / "bundle", ExportOptions())
     assert not (tmp_path / "bundle").exists()
 
 

@@ -34,7 +34,8 @@ def read_dataset(path: Path, max_tokens: int, raw: bool) -> list[Ask]:
     """
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a text in JSON may hold U+2028 and U+0085 as they are. Windows begins files with a mark.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise AngelForgeError(f"{path} is not UTF-8 text. A file of JSON lines is expected.") from None
     for number, line in enumerate(lines, 1):

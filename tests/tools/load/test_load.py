@@ -45,6 +45,14 @@ def test_datasets_are_asked_as_chats(tmp_path: Path) -> None:
     assert [again.take(1), again.take(1)] == [asks[:3], [asks[3], *asks[:2]]]
 
 
+def test_datasets_of_other_tools(tmp_path: Path) -> None:
+    """A mark at the begin and CRLF, as Windows writes them; texts with the separators that end lines elsewhere."""
+    text = "one\u2028two\u0085three"
+    file = tmp_path / "windows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + 2 * f'{{"prompt": "{text}"}}\r\n'.encode())
+    assert [ask.text for ask in read_dataset(file, 10, raw=True)] == [text, text]
+
+
 @pytest.mark.parametrize("line", ["", "{", "[]", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [1]}'])
 def test_lines_that_cannot_be_asked_are_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "bad.jsonl"
