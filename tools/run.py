@@ -118,6 +118,7 @@ def run(
     if sampling["logprobs"] is not None and not as_json:
         raise UsageError("--logprobs are printed with --json only.")
     params = SamplingParams(**sampling)
+    _tell_idle_options(params)
     inputs: Sequence[Prompt] = list(prompts) if tokens is None else read_token_lists(tokens)
     with total_progress("load weights") as progress:
         loaded = LLM(
@@ -136,6 +137,14 @@ def run(
         if llm.speculation is not None:
             click.echo(describe(llm.speculation), err=True)
     ctx.exit(int(not ok))
+
+
+def _tell_idle_options(params: SamplingParams) -> None:
+    """A note on options that were given and choose nothing, since the default temperature draws no token."""
+    idle = [name for name in ("top_k", "top_p", "min_p", "seed") if getattr(params, name) != getattr(DEFAULT, name)]
+    if idle and params.temperature == 0:
+        names = ", ".join("--" + name.replace("_", "-") for name in idle)
+        click.echo(f"note: {names}: of no use at temperature 0 (the likeliest token); see --temperature.", err=True)
 
 
 def _run(

@@ -61,6 +61,14 @@ def test_sampling_options_reach_the_model(bundle: Path, llm: LLM) -> None:
     assert result.stdout == output.text.split(stop)[0] + "\n"
 
 
+def test_options_that_choose_nothing_are_told(bundle: Path) -> None:
+    """The default temperature draws no token: who gives --top-p alone must not believe that it was sampled."""
+    common = [bundle, "--prompt", "The patient", "--max-tokens", 2, "--top-p", 0.5, "--seed", 3]
+    idle, used = run(*common), run(*common, "--temperature", 1)
+    assert (idle.exit_code, used.exit_code, used.stderr) == (0, 0, "")
+    assert idle.stderr.startswith("note: --top-p, --seed: of no use at temperature 0")
+
+
 def test_penalties_and_logprobs_reach_the_model(bundle: Path, llm: LLM) -> None:
     options = {"presence_penalty": 1.5, "frequency_penalty": 0.7, "logprobs": 2}
     arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
