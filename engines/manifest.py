@@ -87,7 +87,7 @@ class EngineManifest:
             AngelForgeError: there is none, or it is not one of this format.
         """
         path = folder / file
-        rebuild = "Build the engine again: angelforge build."
+        rebuild = f"Build the engine again: {_command(folder)}."
         try:
             raw: Any = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -190,6 +190,12 @@ def graph_file(bundle: Bundle, role: str, ranks: int = 1) -> Path:
 def engine_folder(bundle: Bundle, target: str, ranks: int = 1) -> Path:
     """Where the engine for `target` stands in a bundle; one for several ranks has a folder of its own."""
     return bundle.folder / "engines" / (target if ranks == 1 else f"{target}-tp{ranks}")
+
+
+def _command(folder: Path) -> str:
+    """That builds what stands in an engine's folder."""
+    target, _, ranks = folder.name.partition("-tp")
+    return f"angelforge build {folder.parents[1]} --target {target}" + (f" --tensor-parallel {ranks}" if ranks else "")
 
 
 def remove_older_engines(folder: Path, current: Collection[str]) -> None:

@@ -13,7 +13,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: float | No
     if value is None:
         return None
     if not 0 < value < 1e9:
-        raise UsageError(f"--kv-memory-gb is {value:g}, but a number of GB above 0 is needed.")
+        raise UsageError(f"--kv-memory-gb is {value:g}, but a number of GB above 0, below 10⁹, is needed.")
     return int(value * 1e9)
 
 

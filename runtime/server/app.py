@@ -44,7 +44,7 @@ def create_app(llm: LLM, options: ServerOptions) -> tuple[FastAPI, Service]:
         app.add_api_route(path, endpoint.create, methods=["POST"], response_model=None)
     _add_state(app, host, metrics)
     # The last that is added is passed first.
-    app.add_middleware(SizeGate, limit=options.max_body)
+    app.add_middleware(SizeGate, limit=options.max_body, stall_seconds=options.stall_seconds)
     app.add_middleware(KeyGate, key=options.api_key)
     app.add_middleware(CountGate, metrics=metrics, endpoints=_ENDPOINTS)
     return app, service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Iterable
 
@@ -65,10 +66,13 @@ class KeyGate:
 
 
 class SizeGate:
-    """Refuses bodies of more than `limit` bytes, announced or not, without reading on."""
+    """Refuses bodies of more than `limit` bytes, announced or not, without reading on, and those that do not come.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
+    A body of which nothing arrives for `stall_seconds` gets 408.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, stall_seconds: float) -> None:
+        self._app, self._limit, self._stall_seconds = app, limit, stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -80,11 +84,15 @@ class SizeGate:
         if announced.isascii() and announced.isdigit() and int(announced) > self._limit:
             await error_response(413, f"{told}.")(scope, receive, send)
             return
-        count = 0
+        count, more = 0, True
 
         async def counted() -> Message:
-            nonlocal count
-            message = await receive()
+            nonlocal count, more
+            try:  # after the body only the end of the connection comes, however late
+                message = await asyncio.wait_for(receive(), self._stall_seconds if more else None)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"Nothing of the body has come for {self._stall_seconds:g} s") from None
+            more = message.get("more_body", False)
             count += len(message.get("body", b""))
             if count > self._limit:
                 raise HTTPException(413, told)

@@ -22,7 +22,7 @@ class ServerOptions:
     max_tokens: int = 256  # of a completion that does not say; a chat's default is the rest of the context
     max_choices: int = 16  # `n`, and so many times as many prompts in one request as that
     drain_seconds: float = 30.0  # that open requests get when the server is told to end
-    stall_seconds: float = 60.0  # that a client may leave a stream unread
+    stall_seconds: float = 60.0  # that a client may leave a stream unread, or a body unsent
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_requests", "max_tokens", "max_choices"):

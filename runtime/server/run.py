@@ -16,6 +16,7 @@ from angelforge.errors import AngelForgeError, UsageError
 from angelforge.runtime.llm import LLM
 from angelforge.runtime.server.app import create_app
 from angelforge.runtime.server.options import ServerOptions
+from angelforge.runtime.server.silence import Silence
 from angelforge.runtime.service import ENDED
 
 _KEEP_ALIVE = 75  # seconds that an unused connection stays open: longer than proxies and clients keep theirs
@@ -40,9 +41,12 @@ class Server(uvicorn.Server):
             server_header=False,
             ws="none",
             timeout_keep_alive=_KEEP_ALIVE,
+            callback_notify=self._look,
+            timeout_notify=1,
         )
         super().__init__(config)
         self._options = options
+        self._silence = Silence(_KEEP_ALIVE)
         self._socket = bound
         address, port = bound.getsockname()[:2]
         self.url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -69,6 +73,9 @@ class Server(uvicorn.Server):
             crash.cancel()
         if self.service.crashed.is_set():
             raise AngelForgeError(ENDED)
+
+    async def _look(self) -> None:
+        self._silence.look(list(self.server_state.connections))
 
     async def _end_with_engine(self) -> None:
         await self.service.crashed.wait()

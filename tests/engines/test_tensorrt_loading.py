@@ -96,7 +96,7 @@ def manifest(**values: Any) -> Callable[[Bundle], None]:
 
 
 DAMAGES: list[tuple[str, Callable[[Bundle], None], str]] = [
-    ("no engine", no_manifest, r"There is no engine in .*rtx4090 \(no manifest.json\)\. Build the engine again"),
+    ("no engine", no_manifest, r"There is no engine in .*rtx4090 \(no manifest.json\).* build .* --target rtx4090\."),
     ("half a manifest", half_manifest, r"manifest.json cannot be read: .* Build the engine again"),
     ("manifest of another format", manifest(format=99), r"has format 99, this version reads 1"),
     ("manifest with another key", manifest(extra=1), r"has wrong keys: \['extra'\]"),
