@@ -27,6 +27,7 @@ _FOREVER = timedelta(days=1000)  # of gloo's own waits: whether one goes on is d
 _SLICE = timedelta(seconds=1)  # between two looks at the others
 _POLL = 20e-6  # s between two looks at the GPU
 LOADING = 120  # s that a rank may give no sign of life while a library loads its engine
+_ABORTS = 5  # s that the end of a group waits for NCCL's abort
 _INLINE = 8192 - 8  # bytes of a message that go with its length
 
 
@@ -38,7 +39,8 @@ class Group:
         self.rank, self.ranks = rank, ranks
         self.failure: str | None = None  # why the group has ended
         self._heartbeat = Heartbeat(store, rank, ranks)
-        self._open, self._on_gpus, self._aborted = True, on_gpus, False
+        self._open, self._on_gpus = True, on_gpus
+        self._abortion: threading.Thread | None = None
         self._restored: signal.Handlers | None = None  # what SIGTERM did before
 
     @classmethod
@@ -211,12 +213,18 @@ class Group:
             signal.signal(signal.SIGTERM, end)
 
     def close(self) -> None:
-        """Leaves the group; closing twice is fine."""
+        """Leaves the group; closing twice is fine. An engine on GPUs must be closed before.
+
+        Its captured graphs keep an abort from returning, and one that returns while Python ends would end the process
+        by a signal (a thread of C++ that asks for Python's lock then is torn down).
+        """
         if not self._open:
             return
         self._open = False
         import torch.distributed as dist
 
+        if self._abortion is not None:
+            self._abortion.join(_ABORTS)
         self._heartbeat.stop()
         if self.failure is None or not self._on_gpus:  # NCCL would wait for the ranks that are missing
             dist.destroy_process_group()
@@ -226,16 +234,16 @@ class Group:
     def _abort(self) -> None:
         """Ends what NCCL has on the GPU.
 
-        Nothing waits for it: NCCL returns only when no CUDA graph that was captured with its sums is left, and the
-        engine, which has them, is closed later.
+        Only `close` waits for it: NCCL returns only when no CUDA graph that was captured with its sums is left, and the
+        engine, which has them, is closed in between.
         """
         import torch
         import torch.distributed as dist
 
-        if self._on_gpus and not self._aborted:
-            self._aborted = True
+        if self._on_gpus and self._abortion is None:
             backend = dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device()))
-            threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True).start()
+            self._abortion = threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True)
+            self._abortion.start()
 
     def _ended(self, cause: str) -> str:
         return f"{cause} The {self.ranks} ranks have ended; start them again."

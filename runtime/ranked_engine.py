@@ -88,6 +88,7 @@ def follow(load: Load, group: Group, settle: Settle = _nothing) -> NoReturn:
     if threading.current_thread() is threading.main_thread():  # rank 0 decides when all end
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    engine = None
     try:
         message = group.receive()
         if message[:1] == _LOAD:
@@ -100,8 +101,9 @@ def follow(load: Load, group: Group, settle: Settle = _nothing) -> NoReturn:
     except AngelForgeError as error:
         if group.failure is None:
             group.report(str(error))
-        else:
-            group.leave()
+        group.leave()
+        if engine is not None:
+            engine.close()
         group.close()
         shown = group.rank == 1 and ("Rank 0 (" in str(error) or STORE_GONE in str(error))
         raise SystemExit(f"error: {error}" if shown else 1) from None

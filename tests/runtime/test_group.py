@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from angelforge.errors import AngelForgeError
+from angelforge.runtime.batch_bytes import encode
 from angelforge.runtime.group import Group
 from angelforge.runtime.heartbeat import Heartbeat
+from angelforge.runtime.packing import Piece, pack
+from angelforge.runtime.ranked_engine import follow
 
 torch = pytest.importorskip("torch")
 dist = torch.distributed
@@ -57,6 +61,7 @@ def test_a_rank_comes_back_from_a_step_that_another_has_left(nccl: Nccl) -> None
     assert nccl.aborted.wait(5)
     group.leave()
     assert nccl.aborts == 1
+    nccl.graphs_gone.set()
     group.close()
     other.stop()
     assert nccl.destroyed == 0
@@ -85,7 +90,52 @@ def test_an_engine_can_be_closed_when_the_group_has_ended(nccl: Nccl) -> None:
     assert not nccl.aborted.is_set()
     group.leave()
     assert nccl.aborted.wait(5)
+    nccl.graphs_gone.set()
     group.close()
+
+
+def test_an_abort_ends_before_the_process(nccl: Nccl) -> None:
+    """One that returned while Python ends would end it by SIGABRT, whatever its exit code was to be."""
+    group = Group(0, 1, dist.HashStore(), on_gpus=True)
+    group.end("The process was asked to end (SIGTERM).")
+    group.leave()
+    threading.Timer(0.3, nccl.graphs_gone.set).start()  # as when the engine has been closed
+    group.close()
+    assert not any(thread.name == "abort" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("told", [None, "Rank 0 (7) has died."])
+def test_a_follower_closes_its_engine_before_it_leaves_a_group_that_failed(told: str | None) -> None:
+    """Whether the failure is its own or another's: what NCCL does for it ends only without the engine's graphs."""
+    done: list[str] = []
+
+    class Engine:
+        def forward(self, batch: Any) -> None:
+            raise AngelForgeError(told or "No memory.")
+
+        def close(self) -> None:
+            done.append("engine closed")
+
+    class Ended:
+        rank, failure = 1, told
+        messages = iter(
+            [b"L" + bytes(8), b"B" + encode(pack([Piece(np.array([5]), 0, np.array([1], np.int32), 1)], 64))]
+        )
+
+        def receive(self) -> bytes:
+            return next(self.messages)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: done.append(name)
+
+    def life() -> None:  # in a thread, since it changes what the main thread does at signals
+        with pytest.raises(SystemExit):
+            follow(lambda pages: Engine(), Ended())  # type: ignore[arg-type, return-value]
+
+    thread = threading.Thread(target=life)
+    thread.start()
+    thread.join(10)
+    assert done == ["barrier", *(["report"] if told is None else []), "leave", "engine closed", "close"]
 
 
 @pytest.mark.parametrize("on_gpus", [True, False])

@@ -50,6 +50,22 @@ def test_who_left_is_not_killed() -> None:
     first.stop()
 
 
+def test_of_two_that_are_silent_the_one_that_did_not_leave_is_named() -> None:
+    """And killed; only that one."""
+    first, second, third = ranks(3)
+    second.leave()
+    second.stop()
+    third.stop()
+    killed: list[int] = []
+    first.kill_silent = killed.append  # type: ignore[method-assign]
+    watch = first.watch(patience=1)
+    assert watch.lost() is None
+    told = watch.lost()
+    assert told is not None
+    assert (told[:8], killed) == ("Rank 2 (", [2])
+    first.stop()
+
+
 def test_who_gives_up_says_why() -> None:
     """At once, whatever the signs, to whoever waits for it, too."""
     first, second = ranks(2)

@@ -43,6 +43,16 @@ def test_text_is_held_back_only_while_it_can_become_a_stop_string(pieces, stops)
             assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
 
+def test_a_long_begin_is_held_back():
+    """Whatever its length, also one of which no end begins a stop string by itself."""
+    stop = "x" + "y" * 50
+    for size in range(1, len(stop)):
+        stream = StopFilter((stop,))
+        assert stream.push(stop[:size]) == ""
+        assert stream.push(stop[size:] + "z") == ""
+        assert stream.stopped
+
+
 def test_a_long_stop_string_takes_memory_for_itself_only():
     """Anyone who may ask a server can send one of megabytes; a list of its begins would have as many terabytes."""
     tracemalloc.start()
