@@ -37,8 +37,11 @@ class Kernels:
         return [what for code, what in self._told.items() if code not in self._fetched]
 
     def require_fetched(self) -> None:
-        """Raises AngelForgeError if TensorRT put another kernel than the one it was told into a profile."""
-        if missing := self.missing():
+        """Raises AngelForgeError if TensorRT put another kernel than the one it was told into a profile.
+
+        Where none was seen to be fetched, other bindings read the text otherwise, and nothing can be said.
+        """
+        if self._fetched and (missing := self.missing()):
             raise AngelForgeError(
                 f"TensorRT fetched no code for {len(missing)} kernels, first that of {missing[0]}: it took one "
                 "profile's for another, and such an engine would compute nonsense. Build with --plugins python, and "

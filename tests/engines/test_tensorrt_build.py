@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -25,6 +26,7 @@ from angelforge.engines.preflight import nearest_architecture, preflight
 from angelforge.engines.tensorrt_layers import read_layers
 from angelforge.engines.tensorrt_progress import make_monitor
 from angelforge.errors import AngelForgeError, UsageError
+from angelforge.plugins.tensorrt.fetched import kernels_of
 from angelforge.plugins.tensorrt.gpu import GpuFacts
 from angelforge.precision import Precision
 from angelforge.targets import get_target
@@ -98,6 +100,26 @@ def test_flags_of_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(tensorrt_builder, "_configure", spy)
     preflight(bundle, RTX4090, SMALL, quiet)
     assert seen == [(False, True)]
+
+
+def test_each_build_fetches_its_own_kernels(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kernels whose code TensorRT does not fetch, those of this build refuse it, not those of the one before."""
+    from angelforge.engines import tensorrt_builder
+
+    kernels, parse = kernels_of(rtx()), tensorrt_builder.parse_network
+    kernels.tell(b"a", "Linear for up to 8 tokens").encode()
+    kernels.tell(b"b", "Linear for up to 64 tokens")
+    preflight(bundle, RTX4090, SMALL, quiet)
+
+    def parse_and_tell(*arguments: Any) -> Any:
+        kernels.tell(b"a", "Linear for up to 8 tokens").encode()
+        kernels.tell(b"b", "Linear for up to 64 tokens")
+        return parse(*arguments)
+
+    monkeypatch.setattr(tensorrt_builder, "parse_network", parse_and_tell)
+    with pytest.raises(AngelForgeError, match="fetched no code for 1 kernels, first that of Linear for up to 64"):
+        preflight(bundle, RTX4090, SMALL, quiet)
+    kernels.forget()
 
 
 def test_progress_rises_to_the_end(bundle: Bundle) -> None:

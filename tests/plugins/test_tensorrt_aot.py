@@ -149,6 +149,16 @@ def test_such_a_build_is_refused() -> None:
     kernels.tell(b"c", "another")
     kernels.forget()
     kernels.require_fetched()
+    again = [kernels.tell(text, "Linear") for text in (b"a", b"b")]  # the next build must fetch for itself
+    again[0].encode()
+    assert len(kernels.missing()) == 1
+
+
+def test_bindings_that_read_code_otherwise_do_not_stop_builds() -> None:
+    """No engine is without any code: where none was seen to be fetched, it was not seen, and that is all."""
+    kernels = Kernels()
+    assert bytes(kernels.tell(b"a", "Linear for up to 8 tokens"), "utf-8") == b"a"
+    kernels.require_fetched()
 
 
 def test_no_result_depends_on_the_order_of_threads(driven: list[dict[str, Any]]) -> None:
