@@ -126,19 +126,30 @@ def _noticing(interrupts: list[int]) -> Iterator[None]:
         yield
         return
 
+    again: list[Timer] = []  # the next look, one however often Ctrl-C is pressed meanwhile
+
+    def repeat(number: int) -> None:
+        again.clear()
+        os.kill(os.getpid(), number)
+
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
         if _is_being_imported("torch"):  # its C++ parts end the process at once when Python raises among them
-            again = Timer(_IMPORT_LASTS, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+            if not again:
+                again.append(Timer(_IMPORT_LASTS, repeat, (number,)))
+                again[0].daemon = True
+                again[0].start()
             return
+        for look in again:
+            look.cancel()
         signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
+        for look in again:
+            look.cancel()
         if signal.getsignal(signal.SIGINT) is note:  # a server that was told to end listens to no more
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -224,3 +224,15 @@ def test_an_interrupt_waits_until_torch_is_imported(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
     assert result.stdout == "loaded\n"
     assert result.stderr.endswith("Interrupted: interrupted\n")
+
+
+def test_an_interrupt_that_is_repeated_meanwhile_is_one(tmp_path: Path) -> None:
+    """Who sees nothing happen presses Ctrl-C again; what the first one ends is not interrupted by the others."""
+    press = "import os, time\nfor _ in range(4):\n  os.kill(os.getpid(), 2)\n  time.sleep(0.02)\n"
+    (tmp_path / "torch.py").write_text(press)
+    code = "import sys, time; from angelforge.tools.failures import *\n"
+    code += "try:\n  with failures_as_messages(ErrorStyle()):\n    import torch\n    time.sleep(30)\n"
+    code += "except Interrupted:\n  time.sleep(0.5); print('ended')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
+    assert (result.stdout, result.stderr) == ("ended\n", "")
