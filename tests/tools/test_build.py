@@ -10,6 +10,7 @@ from support.tensorrt import graph_bundle, rtx
 
 from angelforge.bundle import Bundle
 from angelforge.engines import build as building
+from angelforge.engines.built import copied_pool
 from angelforge.engines.manifest import EngineManifest, engine_folder
 from angelforge.tools.cli import main
 
@@ -43,6 +44,29 @@ def test_a_copied_pool_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
         found = dataclasses.replace(manifest, profiles=[pages], activation_bytes=[activations])
         monkeypatch.setattr(building, "build_tensorrt", lambda *arguments, found=found: found)
         assert ("as if it copied the KV cache" in build(*arguments).stderr) is told
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_pool_that_is_compared_is_one_layers_on_one_rank(bundle: Path, ranks: int) -> None:
+    """By hand: keys and values of a page; pools that are copied in no time are not told of."""
+    rtx()
+    build(bundle, "--target", "rtx4090", "--max-tokens", 16, "--max-batch", 2)
+    opened = Bundle.open(bundle)
+    model, kept = opened.manifest.model, EngineManifest.load(engine_folder(opened, "rtx4090"))
+    page = 2 * model.num_key_value_heads * model.head_dim * opened.manifest.precision.activation.itemsize * 64 // ranks
+    assert model.num_hidden_layers > 1
+
+    def found(pages: int, activations: int) -> tuple[int, int] | None:
+        profile = {**kept.profiles[0], "pages": {"least": 2, "tuned": pages, "most": pages}}
+        return copied_pool(
+            opened,
+            dataclasses.replace(kept, profiles=[profile], activation_bytes=[activations], tensor_parallel=ranks),
+        )
+
+    many = 2**31 // page
+    assert found(many, many * page) == (many * page, many * page)
+    assert found(many, many * page - 1) is None
+    assert found(2**27 // page, 2**40) is None
 
 
 def test_json_names_the_engine(bundle: Path) -> None:
