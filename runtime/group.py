@@ -40,7 +40,7 @@ class Group:
         self.failure: str | None = None  # why the group has ended
         self._heartbeat = Heartbeat(store, rank, ranks)
         self._open, self._on_gpus = True, on_gpus
-        self._abortion: threading.Thread | None = None
+        self._aborting: threading.Thread | None = None
         self._restored: signal.Handlers | None = None  # what SIGTERM did before
 
     @classmethod
@@ -223,8 +223,8 @@ class Group:
         self._open = False
         import torch.distributed as dist
 
-        if self._abortion is not None:
-            self._abortion.join(_ABORTS)
+        if self._aborting is not None:
+            self._aborting.join(_ABORTS)
         self._heartbeat.stop()
         if self.failure is None or not self._on_gpus:  # NCCL would wait for the ranks that are missing
             dist.destroy_process_group()
@@ -240,10 +240,10 @@ class Group:
         import torch
         import torch.distributed as dist
 
-        if self._on_gpus and self._abortion is None:
+        if self._on_gpus and self._aborting is None:
             backend = dist.group.WORLD._get_backend(torch.device("cuda", torch.cuda.current_device()))
-            self._abortion = threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True)
-            self._abortion.start()
+            self._aborting = threading.Thread(target=_quietly, args=(backend.abort,), name="abort", daemon=True)
+            self._aborting.start()
 
     def _ended(self, cause: str) -> str:
         return f"{cause} The {self.ranks} ranks have ended; start them again."

@@ -10,6 +10,8 @@ Token = Annotated[int, Field(strict=True, ge=0)]
 TokenList = list[Token]
 Stop = str | list[str] | None
 
+_LONGEST_STOP = 4096  # characters: a longer one could keep the engine's thread searching for seconds
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +62,8 @@ class Sampling(_Body):
     def _few(cls, stop: Stop) -> Stop:
         if isinstance(stop, list) and len(stop) > 16:
             raise ValueError(f"{len(stop)} stop strings, but at most 16 are allowed")
+        if (longest := max(map(len, [stop] if isinstance(stop, str) else stop or ()), default=0)) > _LONGEST_STOP:
+            raise ValueError(f"a stop string of {longest} characters, but at most {_LONGEST_STOP} are allowed")
         return stop
 
     @field_validator("logit_bias")

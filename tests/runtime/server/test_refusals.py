@@ -59,6 +59,7 @@ def check_error(answer: Any, status: int) -> dict[str, Any]:
         (COMPLETIONS, {"prompt": "a", "logprobs": 1, "echo": True, "stream": True}, "stream"),
         (COMPLETIONS, {"prompt": "a", "stop": [""]}, None),
         (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 99}, "stop"),
+        (COMPLETIONS, {"prompt": "a", "stop": ["x", "y" * 4097]}, "stop"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"one": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"5000": 1}}, None),
