@@ -1,4 +1,4 @@
-"""Steps of one TensorRT engine, each size in a context of its own: decoding captured, prompts enqueued as they are."""
+"""Steps of one TensorRT engine, each size in a context of its own: decoding is captured, other steps are enqueued."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from angelforge.runtime.device_work import Work
 from angelforge.runtime.history import History
 from angelforge.runtime.logprobs import TokenLogprob
 from angelforge.runtime.sampling import SamplingParams
+from angelforge.tools.sampling_bench import KINDS
 
 LIKELIEST = 5  # that are told beside a token
 SCORED = 3  # rows of a prompt
@@ -30,11 +31,8 @@ _RULES = {
     "greedy": SamplingParams(),
     "temperature": SamplingParams(temperature=1.0),
     "penalties": SamplingParams(frequency_penalty=1.0, presence_penalty=0.5),
-    "all rules": SamplingParams(
-        temperature=0.6, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.05, presence_penalty=0.3,
-        frequency_penalty=0.2, logit_bias={1: 4.0, 7: -4.0},
-    ),
-}  # fmt: skip
+    "all rules": SamplingParams(**KINDS["top-k 20, top-p 0.95, penalties"], min_p=0.01, logit_bias={1: 4.0, 7: -4.0}),
+}
 
 
 @dataclass(frozen=True)
