@@ -18,7 +18,7 @@ from angelforge.plugins.binding import Binding, bind
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.operator import DOMAIN, Operator
 from angelforge.plugins.registry import OPERATORS
-from angelforge.plugins.tensorrt.driver import newest_ptx
+from angelforge.plugins.tensorrt.gpu import newest_ptx
 from angelforge.plugins.tensorrt.kernels import find_kernel, kernel_digest
 from angelforge.plugins.tensorrt.launches import plan_launch
 from angelforge.plugins.tuning import tile_for

@@ -103,21 +103,6 @@ def cuda_driver() -> Any:
     return library
 
 
-def newest_ptx() -> tuple[int, int] | None:
-    """The newest PTX that this machine's driver compiles, that of its CUDA version ("Release Notes" of the PTX ISA).
-
-    None without a driver.
-    """
-    version = ctypes.c_int()
-    try:
-        if cuda_driver().cuDriverGetVersion(ctypes.byref(version)):
-            return None
-    except AngelForgeError:
-        return None
-    major, minor = version.value // 1000, version.value % 1000 // 10
-    return (major - 4, minor) if major != 12 or minor < 6 else (8, minor - 1)  # CUDA 12.5 and 12.6 share PTX 8.5
-
-
 def has_context() -> bool:
     """Whether a CUDA context is current in this thread; there is none on a machine without a driver."""
     context = ctypes.c_void_p()

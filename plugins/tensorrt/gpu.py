@@ -63,6 +63,21 @@ def require_gpu() -> GpuFacts:
     return found
 
 
+def newest_ptx() -> tuple[int, int] | None:
+    """The newest PTX that this machine's driver compiles, that of its CUDA version ("Release Notes" of the PTX ISA).
+
+    None without a driver.
+    """
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except OSError:
+        return None
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    return (major - 4, minor) if major != 12 or minor < 6 else (8, minor - 1)  # CUDA 12.5 and 12.6 share PTX 8.5
+
+
 def _driver_version() -> str:
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")

@@ -1,5 +1,6 @@
 """The graph as TensorRT takes it: weights are inputs, nothing is read, misfits are refused by name."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from angelforge.errors import AngelForgeError
 from angelforge.plugins.kernel import Gpu
 from angelforge.plugins.operator import Operator
 from angelforge.plugins.registry import OPERATORS
-from angelforge.plugins.tensorrt import driver
+from angelforge.plugins.tensorrt import gpu
 from angelforge.plugins.tensorrt.adapter import register
 from angelforge.plugins.tensorrt.launches import Launch
 from angelforge.precision import Precision
@@ -232,7 +233,7 @@ def test_a_driver_compiles_the_ptx_of_its_cuda(
             version._obj.value = cuda
             return 0
 
-    monkeypatch.setattr(driver, "cuda_driver", Driver)
-    assert driver.newest_ptx() == ptx
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert gpu.newest_ptx() == ptx
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
     assert compiler.ptx_get_version(f"{cuda // 1000}.{cuda % 1000 // 10}") == 10 * ptx[0] + ptx[1]
